@@ -1,0 +1,39 @@
+# Every target works as the first command on a fresh machine: the virtual environment is made when it is missing or when
+# what it is made from has changed.
+PYTHON ?= python3
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+
+.PHONY: help install test lint format demo clean
+
+help:
+	@echo "make test      run the tests (ARGS=... goes to pytest)"
+	@echo "make demo      warm-start a small policy and improve it with PROMA, on CPU, in minutes (ARGS=... goes to the demo)"
+	@echo "make lint      check style and formatting"
+	@echo "make format    repair style and formatting"
+	@echo "make install   only make the virtual environment"
+	@echo "make clean     remove the virtual environment, caches and runs"
+
+$(STAMP): requirements/tested.txt pyproject.toml scripts/install.sh
+	PYTHON="$(PYTHON)" bash scripts/install.sh "$(VENV)"
+	@touch $@
+
+install: $(STAMP)
+
+test: $(STAMP)
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(STAMP)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+demo: $(STAMP)
+	$(RUN) recipes/demo.py $(ARGS)
+
+clean:
+	rm -rf "$(VENV)" .pytest_cache .ruff_cache build dist *.egg-info runs
