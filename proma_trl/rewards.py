@@ -37,8 +37,8 @@ def final_answer(text: str) -> str | None:
     """
     Finds the part of a solution that states its final answer.
 
-    The last of the marked answers counts, `#### x` or `\\boxed{x}`. A text without a marked answer is returned as far as
-    it is searched for one (its last 1,000 characters). `None` where the mark is there but nothing follows it.
+    The last of the marked answers counts, `#### x` or `\\boxed{x}`. Of a text without a marked answer the last
+    1,000 characters are returned, the part that is searched for one. `None` where nothing follows the mark.
     """
     text = text.replace("−", "-").replace("**", "")
     marks = list(_MARKED_ANSWER.finditer(text))
@@ -89,8 +89,8 @@ def parse_number(text: str) -> list[sympy.Expr]:
 
 
 def _timeout() -> int | None:
-    # math-verify's timeouts are signals, which only the main thread receives. Elsewhere it warns about that, needlessly
-    # here: the searched text is short, and only numbers are compared.
+    # math-verify's timeouts are signals, which only the main thread receives. Elsewhere it warns about that, with no
+    # need here: the searched text is short, and only numbers are compared.
     if threading.current_thread() is threading.main_thread():
         return _TIMEOUT_SECONDS
     logging.getLogger("math_verify").setLevel(logging.ERROR)
