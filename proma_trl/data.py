@@ -1,0 +1,165 @@
+"""GSM8K, and data of its form, as prompts with checkable answers."""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_from_disk
+from datasets.exceptions import DatasetNotFoundError
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | list[dict[str, str]]
+
+INSTRUCTION = (
+    "Solve the problem step by step. End with the final answer, a number, on a line of its own in this form: #### 42"
+)
+
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_GOLD = re.compile(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)\s*$")
+
+
+def build_prompt(question: str, conversational: bool) -> Prompt:
+    """Puts a question as messages, the instruction in the system message, or as one string where there is no chat."""
+    if conversational:
+        return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
+    return f"{INSTRUCTION}\n\nQuestion: {question}\nAnswer:"
+
+
+def gold_answer(solution: str) -> str | None:
+    """Returns the number after the final `####` of a GSM8K solution, without thousands separators, or `None`."""
+    match = _GOLD.search(solution)
+    return match.group(1).replace(",", "") if match else None
+
+
+def load_gsm8k(
+    dataset_name: str = "openai/gsm8k",
+    dataset_config: str | None = "main",
+    split: str = "train",
+    conversational: bool = True,
+) -> Dataset:
+    """
+    Loads problems in the form of GSM8K: a column `question`, and a column `answer` that ends with `#### <number>`.
+
+    Args:
+        dataset_name (`str`):
+            A dataset on the Hugging Face Hub, or a local one: a folder with a JSON Lines, JSON or Parquet file per
+            split (`train.jsonl`, `test.jsonl`), a folder written by `save_to_disk`, or a single file, whose only split
+            is `train`.
+        dataset_config (`str`, *optional*):
+            The dataset's configuration on the Hub. Local data without configurations ignore it.
+        split (`str`):
+            The split to load. Slices such as `train[:90%]` work, except in a `save_to_disk` folder.
+        conversational (`bool`):
+            Whether prompts are lists of messages, for a tokenizer with a chat template, or strings.
+
+    Returns:
+        [`~datasets.Dataset`]:
+            Columns `prompt`, and `answer` with the correct number as a string (`"1234"`).
+
+    Raises:
+        `FileNotFoundError`: The dataset is neither there nor on the Hub.
+        `ValueError`: It has no such split, configuration or columns, or an answer that does not end as GSM8K's do.
+    """
+    try:
+        rows = _load_split(dataset_name, dataset_config, split)
+    except (FileNotFoundError, ConnectionError, DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"dataset_name={dataset_name!r} is neither a local file or folder nor within reach on the Hugging Face "
+            f"Hub ({error}). Set dataset_name to a Hub id, a folder with train.jsonl and test.jsonl, or a JSON Lines "
+            "file."
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"dataset_name={dataset_name!r} with dataset_config={dataset_config!r} has no split {split!r}: {error} "
+            "Set dataset_train_split and dataset_test_split to splits that it has. A single file has only the split "
+            "'train', whose slices can serve as both ('train[:90%]' and 'train[90%:]'). Without problems to hold out, "
+            "switch the evaluation off with eval_every=0."
+        ) from error
+
+    missing = [column for column in ("question", "answer") if column not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"dataset_name={dataset_name!r} lacks the column(s) {', '.join(missing)}; it has "
+            f"{', '.join(rows.column_names)}. Rename its columns to question and answer."
+        )
+    answers = [gold_answer(solution) for solution in rows["answer"]]
+    if None in answers:
+        row = answers.index(None)
+        raise ValueError(
+            f"Row {row} of dataset_name={dataset_name!r} (split {split!r}) has an answer that does not end with "
+            f"'#### <number>': {rows[row]['answer'][-80:]!r}. Every answer has to."
+        )
+    prompts = [build_prompt(question, conversational) for question in rows["question"]]
+    return Dataset.from_dict({"prompt": prompts, "answer": answers})
+
+
+def _load_split(dataset_name: str, dataset_config: str | None, split: str) -> Dataset:
+    path = Path(dataset_name).expanduser()
+    if path.is_file():
+        if path.suffix not in _READERS:
+            raise FileNotFoundError(f"a {path.suffix or 'nameless'} file, where {', '.join(_READERS)} are read")
+        return load_dataset(_READERS[path.suffix], data_files={"train": str(path)}, split=split)
+    if not path.is_dir():
+        return load_dataset(dataset_name, dataset_config, split=split)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        saved = load_from_disk(str(path))
+        splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+        if split not in splits:
+            raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
+        return splits[split]
+    configs = get_dataset_config_names(str(path))
+    return load_dataset(str(path), dataset_config if dataset_config in configs else None, split=split)
+
+
+def tokenize_prompts(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None = None
+) -> list[list[int]]:
+    """Returns each prompt's token ids as TRL's trainers form them, the opening of the answer included."""
+    if is_conversational({"prompt": prompts[0]}):
+        tokenized = tokenizer.apply_chat_template(
+            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+        )
+    else:
+        tokenized = tokenizer(text=list(prompts))
+    return tokenized["input_ids"]
+
+
+def drop_long_prompts(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+    chat_template_kwargs: dict | None = None,
+) -> Dataset:
+    """
+    Keeps the problems whose prompt has at most `max_prompt_length` tokens.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Problems with a column `prompt`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+        max_prompt_length (`int`):
+            The most tokens that a prompt may have, chat template included.
+        chat_template_kwargs (`dict`, *optional*):
+            What the trainer passes to the chat template.
+
+    Returns:
+        [`~datasets.Dataset`]: The problems that are short enough, in their order.
+
+    Raises:
+        `ValueError`: No problem is left.
+    """
+    lengths = [len(ids) for ids in tokenize_prompts(dataset["prompt"], tokenizer, chat_template_kwargs)]
+    kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
+    if not kept:
+        raise ValueError(
+            f"max_prompt_length={max_prompt_length} leaves no problem: the shortest prompt has {min(lengths)} tokens. "
+            "Raise max_prompt_length."
+        )
+    if len(kept) < len(lengths):
+        logger.warning("Dropped %d of %d problems whose prompt is too long.", len(lengths) - len(kept), len(lengths))
+    return dataset.select(kept)
