@@ -1,0 +1,204 @@
+"""The projection, as mathematics on a few k-vectors and k x k matrices.
+
+A microbatch holds k sequences. For one parameter tensor let `s_i` be the gradient of sequence i's weighted
+log-probability, `a_i` its coefficient in the policy gradient `pg = sum_i a_i s_i`, and `acc` what has been accumulated
+since the last optimizer step. PROMA (arXiv 2601.10498) accumulates
+
+    acc  <-  acc - strength * bound(P(acc)) + pg
+
+where `P` projects onto span{s_1, ..., s_k}, exactly (the paper's first version, QR) or by sweeps of one-sequence
+projections (its second version, which its experiments use), and `bound` scales a removal longer than `bound * |pg|`
+down to that length. Since `P(acc)` is itself a combination of the `s_i`,
+
+    new acc = acc + sum_i c_i s_i,
+
+and the k numbers `c` follow from the Gram matrix `S_ij = <s_i, s_j>` and the overlaps `b_i = <acc, s_i>` alone:
+[`solve`] computes them. Nothing here knows of models, autograd or devices.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+METHODS = ("iterative", "exact", "none")
+
+# Eigenvalues of the unit-diagonal Gram matrix below `_RANK_TOLERANCE * k * eps` are rounding noise of its entries
+_RANK_TOLERANCE = 16
+
+
+@dataclass(frozen=True)
+class ProjectionSettings:
+    """
+    What is removed from the accumulated gradient.
+
+    Args:
+        method (`str`, defaults to `"iterative"`):
+            `"iterative"`: sweeps of one-sequence projections; `"exact"`: the orthogonal projection onto the span of
+            the sequence gradients; `"none"`: nothing is removed, which is REINFORCE.
+        sweeps (`int`, defaults to `2`):
+            Number of sweeps over the sequences. Only `"iterative"` uses it.
+        bound (`float` or `None`, defaults to `0.5`):
+            Largest norm of the removal, as a multiple of the norm of the microbatch's policy gradient. `None`: no
+            bound.
+        strength (`float`, defaults to `1.0`):
+            Part of the (bounded) projection that is removed, between 0 (REINFORCE) and 1 (PROMA).
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    method: str = "iterative"
+    sweeps: int = 2
+    bound: float | None = 0.5
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"`projection` must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}.")
+        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 1:
+            raise ValueError(
+                f"`projection_sweeps` must be a whole number of at least 1, got {self.sweeps!r}. To remove nothing, "
+                'set `projection="none"`.'
+            )
+        if self.bound is not None and not 0 <= self.bound < float("inf"):
+            raise ValueError(
+                f"`projection_bound` must be a finite number of at least 0, got {self.bound!r}. For an unbounded "
+                "projection, set `projection_bound=None`."
+            )
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"`projection_strength` must lie between 0 and 1, got {self.strength!r}.")
+
+    @property
+    def removes(self) -> bool:
+        """Whether anything can be removed at all."""
+        return self.method != "none" and self.strength > 0 and self.bound != 0
+
+
+class Solution(NamedTuple):
+    """
+    Result of [`solve`], for each tensor of the batch `...`.
+
+    Attributes:
+        coefficients (`(..., k)`): What to add to the accumulated gradient is `sum_i coefficients_i s_i`.
+        removed_sq (`(...)`): Squared norm of what is removed, after bound and strength.
+        bounded (`(...)`, bool): Whether the bound shortened the removal.
+        cosine (`(...)`): Mean over the sequences with a non-zero gradient of `|<acc, s_i>| / (|acc| |s_i|)`.
+    """
+
+    coefficients: torch.Tensor
+    removed_sq: torch.Tensor
+    bounded: torch.Tensor
+    cosine: torch.Tensor
+
+
+def solve(
+    gram: torch.Tensor,
+    overlaps: torch.Tensor,
+    acc_sq: torch.Tensor,
+    advantages: torch.Tensor,
+    settings: ProjectionSettings,
+    eps: float,
+) -> Solution:
+    """
+    Coefficients `c` such that `acc + sum_i c_i s_i` is PROMA's accumulated gradient.
+
+    Args:
+        gram (`(..., k, k)`): `<s_i, s_j>`.
+        overlaps (`(..., k)`): `<acc, s_i>`.
+        acc_sq (`(...)`): `<acc, acc>`; used for the reported cosine only.
+        advantages (`(k,)` or `(..., k)`): `a_i`, the coefficients of the policy gradient.
+        settings ([`ProjectionSettings`]): What to remove.
+        eps (`float`): Relative precision of the entries of `gram`, for the rank tolerance of the exact projection.
+
+    Returns:
+        [`Solution`], in the dtype of `gram`.
+    """
+    k = gram.shape[-1]
+    norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    # A sequence without a gradient is skipped: a zero row that solves to zero
+    inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+    cosines = gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(1)
+    components = overlaps * inverse
+
+    if settings.method == "exact":
+        eigenvalues, vectors = torch.linalg.eigh(cosines)
+        keep = eigenvalues > _RANK_TOLERANCE * k * eps
+        inverted = torch.where(keep, 1 / torch.where(keep, eigenvalues, 1), 0)
+        weights = vectors @ (inverted * (vectors.mT @ components.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)
+    elif settings.method == "iterative":
+        # One sweep of v -= <v, u_i> u_i over i is forward substitution with the lower triangle of the cosines
+        target = components.unsqueeze(-1)
+        weights = torch.linalg.solve_triangular(cosines.tril(), target, upper=False)
+        for _ in range(settings.sweeps - 1):
+            weights = weights + torch.linalg.solve_triangular(cosines.tril(), target - cosines @ weights, upper=False)
+    else:
+        weights = torch.zeros_like(components).unsqueeze(-1)
+
+    projection_sq = (weights.mT @ cosines @ weights)[..., 0, 0].clamp(min=0)
+    weights = weights.squeeze(-1)
+    if settings.bound is None:
+        factor = torch.ones_like(projection_sq)
+    else:
+        column = advantages.unsqueeze(-1)
+        policy_sq = (column.mT @ gram @ column)[..., 0, 0].clamp(min=0)
+        limit = settings.bound * policy_sq.sqrt()
+        length = projection_sq.sqrt()
+        factor = torch.where(length > limit, limit / length, torch.ones_like(length))
+
+    scale = settings.strength * factor
+    active = (norms > 0).sum(-1).clamp(min=1)
+    acc_norm = acc_sq.sqrt()
+    cosine = (components.abs().sum(-1) / active) * torch.where(acc_norm > 0, 1 / acc_norm, torch.zeros_like(acc_norm))
+    return Solution(
+        coefficients=advantages - scale.unsqueeze(-1) * weights * inverse,
+        removed_sq=scale**2 * projection_sq,
+        bounded=factor < 1,
+        cosine=cosine,
+    )
+
+
+def project_exact(vector: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
+    """
+    The paper's first version on plain vectors: the orthogonal projection of `vector` onto the rows of `sequences`.
+
+    The rows are normalized first, so that rank means linear independence of directions. A singular value
+    decomposition stands where the paper has QR: it gives the same projector, and a rank when rows are parallel.
+
+    Args:
+        vector (`(n,)`): What is projected.
+        sequences (`(k, n)`): Spanning vectors; zero and parallel ones are allowed.
+
+    Returns:
+        `(n,)`: The projection `P(vector)`, to be subtracted.
+    """
+    directions = _normalized(sequences)
+    _, singular, basis = torch.linalg.svd(directions, full_matrices=False)
+    tolerance = (_RANK_TOLERANCE * len(sequences) * torch.finfo(vector.dtype).eps) ** 0.5
+    basis = basis[singular > tolerance]
+    return basis.mT @ (basis @ vector)
+
+
+def project_iterative(vector: torch.Tensor, sequences: torch.Tensor, sweeps: int = 2) -> torch.Tensor:
+    """
+    The paper's second version on plain vectors: `sweeps` times over the rows, remove the component along each.
+
+    Args:
+        vector (`(n,)`): What is projected.
+        sequences (`(k, n)`): Vectors whose directions are removed, in this order; zero ones are skipped.
+        sweeps (`int`, defaults to `2`): Number of passes over the rows.
+
+    Returns:
+        `(n,)`: `P(vector)`, what the sweeps removed.
+    """
+    rest = vector.clone()
+    for _ in range(sweeps):
+        for direction in _normalized(sequences):
+            rest = rest - (rest @ direction) * direction
+    return vector - rest
+
+
+def _normalized(sequences: torch.Tensor) -> torch.Tensor:
+    norms = sequences.norm(dim=-1, keepdim=True)
+    return torch.where(norms > 0, sequences / torch.where(norms > 0, norms, 1), 0)

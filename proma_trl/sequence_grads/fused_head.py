@@ -1,0 +1,236 @@
+"""TRL's fused LM head: log-probabilities of the sampled tokens straight from hidden states and the head's weight.
+
+The head never runs as a module and the (k, T, V) logits are never held, so neither are their gradients: both are made
+again, a range of the vocabulary at a time. The forward pass is TRL's own kernel; the backward pass is ours, since the
+weight's gradient is needed for each sequence, `s_i = sum_t dlogits_it h_it^T`.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+import trl.trainer.utils as trl_utils
+from torch import nn
+from trl.kernels import ChunkedLogProbFunction
+
+from .factored import Dense, OuterProducts, SequenceGrads, sum_dtype
+from .layers import Sink
+
+# Elements of one range of logits: (k T) x (range of the vocabulary), 32 MiB in float32
+_TILE_ELEMENTS = 2**23
+
+_KERNEL_ARGUMENTS = (
+    "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs".split()
+)
+
+
+class HeadSink(Sink, Protocol):
+    """A [`HeadSink`] that also says how to hold the sequence gradients of the largest tensor of all."""
+
+    def head_form(self, param: nn.Parameter, num_positions: int) -> str:
+        """`"dense"`, `"factors"` or `"recompute"`, for `num_positions` scored positions a sequence."""
+
+
+def check_trl() -> None:
+    """
+    Check that TRL's fused head is the one that this module knows.
+
+    Raises:
+        RuntimeError: If its internals have moved.
+    """
+    moved = [name for name in ("_ChunkedLogProbFunction", "_use_triton") if not hasattr(trl_utils, name)]
+    if inspect.signature(ChunkedLogProbFunction.forward).parameters.keys() != set(_KERNEL_ARGUMENTS):
+        moved.append("ChunkedLogProbFunction.forward")
+    if moved:
+        raise RuntimeError(
+            f"The fused LM head of the installed TRL has changed ({', '.join(moved)}), and PROMA would miss its "
+            "gradients. Install a TRL version within the bounds of proma-trl's requirements."
+        )
+
+
+@contextmanager
+def sequence_head(sink: HeadSink, num_completion_tokens: int) -> Iterator[None]:
+    """
+    Within the context, TRL's fused LM head yields sequence gradients to `sink`.
+
+    Args:
+        sink ([`HeadSink`]): What receives them.
+        num_completion_tokens (`int`): Only so many last positions are scored. TRL discards the others.
+    """
+
+    class Head:
+        @staticmethod
+        def apply(hidden, weight, bias, targets, *settings):
+            # Not compacted, positions are those of all sequences but for the last token: (k * (T - 1), H)
+            k = sink.num_sequences
+            hidden = hidden.view(k, -1, hidden.shape[-1])[:, -num_completion_tokens:]
+            targets = targets.view(k, -1)
+            skipped = targets.shape[1] - hidden.shape[1]
+            targets = targets[:, skipped:].flatten()
+            if weight.requires_grad or (bias is not None and bias.requires_grad):
+                scored = _SequenceLogProbs.apply(hidden, weight, bias, targets, settings, sink)
+            else:
+                scored = original.apply(hidden.flatten(0, 1), weight, bias, targets, *settings)
+            return tuple(
+                None if x is None else nn.functional.pad(x.view(k, -1), (skipped, 0)).flatten() for x in scored
+            )
+
+    original, use_triton = trl_utils._ChunkedLogProbFunction, trl_utils._use_triton
+    trl_utils._ChunkedLogProbFunction = Head
+    # On CUDA, TRL would pass unmasked positions only, and which sequence they belong to would be lost
+    trl_utils._use_triton = lambda device: False
+    try:
+        yield
+    finally:
+        trl_utils._ChunkedLogProbFunction, trl_utils._use_triton = original, use_triton
+
+
+class _SequenceLogProbs(torch.autograd.Function):
+    """TRL's `ChunkedLogProbFunction`, on hidden states `(k, N, H)`, whose backward pass keeps sequences apart."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, settings, sink):
+        flat = hidden.flatten(0, 1)
+        outputs = ChunkedLogProbFunction.forward(ctx, flat, weight, bias, targets, *settings)
+        ctx.params, ctx.sink, ctx.num_sequences = (weight, bias), sink, len(hidden)
+        for param in ctx.params:
+            if param is not None and param.requires_grad:
+                sink.expect(param)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, *_):
+        # PROMA refuses entropy bonuses, so that log-probabilities alone carry gradients
+        hidden, weight, bias, targets, log_z, _ = ctx.saved_tensors
+        k = ctx.num_sequences
+        head = _Logits(
+            hidden.view(k, -1, hidden.shape[-1]),
+            weight,
+            bias,
+            targets.view(k, -1),
+            log_z.view(k, -1),
+            grad_logprobs.view(k, -1),
+            ctx.compute_dtype,
+            ctx.kernel_args,
+        )
+        weight_param, bias_param = ctx.params
+        needs_weight, needs_bias = weight.requires_grad, bias is not None and bias.requires_grad
+        form = ctx.sink.head_form(weight_param, head.hidden.shape[1]) if needs_weight else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            grad_hidden, grads, bias_grads = head.backward(form, needs_bias)
+        grad_weight = ctx.sink.receive(weight_param, grads) if needs_weight else None
+        grad_bias = ctx.sink.receive(bias_param, Dense(bias_grads)) if needs_bias else None
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
+
+
+class _Logits:
+    """
+    Gradients of the logits, made anew for any range of the vocabulary, and with them the weight's `SequenceGrads`.
+
+    Args:
+        hidden (`(k, N, H)`), weight (`(V, H)`), bias (`(V,)` or `None`): What the head multiplies.
+        targets (`(k, N)`): Sampled tokens.
+        log_z (`(k, N)`): Log of the sum of exponentiated logits.
+        grad_logprobs (`(k, N)`): Gradient of the tokens' log-probabilities.
+        compute_dtype (`torch.dtype`): Dtype of the products, as in the forward pass.
+        transform (`dict`): TRL's `logit_scale`, `softcap`, `inv_t` and `HAS_SOFTCAP`.
+    """
+
+    def __init__(self, hidden, weight, bias, targets, log_z, grad_logprobs, compute_dtype, transform):
+        self.hidden = hidden.to(compute_dtype)
+        self.weight = weight
+        self.bias = bias
+        self.targets = targets
+        self.log_z = log_z
+        self.grad_logprobs = grad_logprobs.to(log_z.dtype)
+        self.compute_dtype = compute_dtype
+        self.transform = transform
+        # Half-precision products are summed in float32: on CUDA by the product itself, elsewhere from float32 factors
+        self.factor_dtype = compute_dtype if hidden.is_cuda else sum_dtype(hidden)
+
+    def backward(
+        self, form: str | None, needs_bias: bool
+    ) -> tuple[torch.Tensor, SequenceGrads | None, torch.Tensor | None]:
+        """Gradients of the hidden states `(k, N, H)`, of the weight (`form` of `None`: not needed) and of the bias."""
+        k, length, size = self.hidden.shape
+        vocabulary = len(self.weight)
+        sums = sum_dtype(self.hidden)
+        grad_hidden = self.hidden.new_zeros((k * length, size), dtype=sums)
+        bias_grads = self.hidden.new_empty((k, vocabulary), dtype=sums) if needs_bias else None
+        hidden = self.hidden.to(self.factor_dtype)
+        grads = None
+        if form == "dense":
+            grads = Dense(self.hidden.new_empty((k, vocabulary, size), dtype=sums), owned=True)
+        elif form == "factors":
+            grads = OuterProducts(self.hidden.new_empty((k, length, vocabulary), dtype=self.factor_dtype), hidden)
+        elif form == "recompute":
+            grads = self
+
+        for start, stop in self._ranges():
+            dlogits = self.dlogits(start, stop)
+            _add_product(grad_hidden, dlogits.flatten(0, 1), self.weight[start:stop].to(self.factor_dtype))
+            if form == "dense":
+                OuterProducts(dlogits, hidden).write_rows(grads.grads[:, start:stop], 0, stop - start)
+            elif form == "factors":
+                grads.left[:, :, start:stop] = dlogits
+            if needs_bias:
+                bias_grads[:, start:stop] = dlogits.sum(1, dtype=sums)
+        return grad_hidden.view(k, length, size), grads, bias_grads
+
+    def dlogits(self, start: int, stop: int) -> torch.Tensor:
+        """Gradient of the head's products for tokens `start:stop` of the vocabulary, `(k, N, stop - start)`."""
+        weight = self.weight[start:stop].to(self.compute_dtype)
+        logits = self.hidden.flatten(0, 1) @ weight.mT
+        if self.bias is not None:
+            logits += self.bias[start:stop].to(self.compute_dtype)
+        logits = logits.view(*self.hidden.shape[:2], -1).to(self.log_z.dtype)
+        scale, inv_t = self.transform["logit_scale"], self.transform["inv_t"]
+        slope = None
+        if self.transform["HAS_SOFTCAP"]:
+            softcap = self.transform["softcap"]
+            capped = torch.tanh(logits.mul_(scale / softcap))
+            slope = 1 - capped.square()
+            logits = capped.mul_(softcap * inv_t)
+        else:
+            logits = logits.mul_(scale * inv_t)
+        # d log p_target / d z_j = 1[j = target] - p_j
+        dlogits = logits.sub_(self.log_z.unsqueeze(-1)).exp_().mul_(-self.grad_logprobs.unsqueeze(-1))
+        local = self.targets - start
+        inside = (local >= 0) & (local < stop - start)
+        dlogits.scatter_add_(
+            -1, torch.where(inside, local, 0).unsqueeze(-1), (self.grad_logprobs * inside).unsqueeze(-1)
+        )
+        if slope is not None:
+            dlogits.mul_(slope)
+        return dlogits.mul_(scale * inv_t).to(self.factor_dtype)
+
+    def add_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
+        for a, b in self._ranges(start, stop):
+            part = OuterProducts(self.dlogits(a, b), self.hidden.to(self.factor_dtype))
+            part.add_rows(out[:, a - start : b - start], 0, b - a)
+
+    def write_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
+        self.add_rows(out.zero_(), start, stop)
+
+    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+        size = self.hidden.shape[-1]
+        out = self.hidden.new_empty((len(self.weight), size), dtype=sum_dtype(self.hidden))
+        for start, stop in self._ranges():
+            part = OuterProducts(self.dlogits(start, stop), self.hidden.to(self.factor_dtype))
+            out[start:stop] = part.combine(coefficients)
+        return out
+
+    def _ranges(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        stop = len(self.weight) if stop is None else stop
+        step = max(1, _TILE_ELEMENTS // self.targets.numel())
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

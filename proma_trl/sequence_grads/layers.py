@@ -1,0 +1,244 @@
+"""How hooks follow the modules that hold trainable parameters, so that each use of a parameter yields its sequence
+gradients.
+
+Most modules follow a rule: they run on detached parameters, and a node behind their output forms the sequence
+gradients from what went in and the gradient that comes back. Embeddings are the same at the lookup itself.
+Normalization layers without a rule run on one copy of their parameters a sequence.
+"""
+
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .embedding import LookupMode, embedding_grads, embedding_refusal
+from .factored import Dense, SequenceGrads
+from .norm import broadcasts_parameters
+from .registry import Rule, rule_for
+
+
+class Sink(Protocol):
+    """
+    What receives sequence gradients: the microbatch that is at work.
+
+    Attributes:
+        num_sequences (`int`): k.
+        num_tokens (`int` or `None`): Length T of the sequences in the model's input, where it consists of tokens.
+    """
+
+    num_sequences: int
+    num_tokens: int | None
+
+    def expect(self, param: nn.Parameter) -> None:
+        """Announce, in the forward pass, that `receive` will be called once more for `param`."""
+
+    def receive(self, param: nn.Parameter, grads: SequenceGrads) -> torch.Tensor | None:
+        """Take the gradients of one use of `param`. Returns what to emit as its gradient, or `None` for later."""
+
+
+def by_sequence(sink: Sink, tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """
+    View a layer's input or gradient, which may come as `(k * T, ...)`, as `(k, ...)`.
+
+    Raises:
+        ValueError: If the tensor's shape does not tell which sequence an entry belongs to.
+    """
+    k, length = sink.num_sequences, sink.num_tokens
+    if tensor.dim() >= 2 and length is not None and tensor.shape[0] == k * length and (tensor.dim() == 2 or k > 1):
+        return tensor.view(k, length, *tensor.shape[1:])
+    if tensor.shape[:1] == (k,) and (tensor.dim() > 2 or length in (None, 1)):
+        return tensor
+    raise ValueError(
+        f"`{name}` ran on a tensor of shape {tuple(tensor.shape)}, in which the {k} sequences"
+        f"{'' if length is None else f' of {length} tokens'} can't be told apart. Train with one sequence a "
+        "microbatch, which works with every layer (`per_device_train_batch_size=1` in a trainer, "
+        "`microbatch_size=1` here), or freeze its parameters."
+    )
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory without being a view to autograd, so that models may go on to write to it in place."""
+    return tensor.detach()
+
+
+class Layer:
+    """What hooks need to know of one module that holds trainable parameters."""
+
+    def __init__(self, name: str, module: nn.Module, params: dict[str, nn.Parameter]):
+        self.name = name
+        self.module = module
+        self.params = params
+        self.entered = False
+
+    def enter(self, sink: Sink, args: tuple, kwargs: dict) -> tuple | None:
+        raise NotImplementedError
+
+    def exit(self) -> None:
+        """Let the module see its own parameters again."""
+        for name in self.params:
+            self.module.__dict__.pop(name, None)
+        self.entered = False
+
+    def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+        return None
+
+
+class _RuleLayer(Layer):
+    """A module with a rule: runs on detached parameters, and a node behind its output applies the rule."""
+
+    def __init__(self, name: str, module: nn.Module, params: dict[str, nn.Parameter], rule: Rule):
+        super().__init__(name, module, params)
+        self.rule = rule
+
+    def enter(self, sink: Sink, args: tuple, kwargs: dict) -> None:
+        self.entered = True
+        for name, param in self.params.items():
+            self.module.__dict__[name] = param.detach()
+
+    def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"`{self.name}` has a rule, so its output must be one tensor, got {type(output)}.")
+        inputs = [x.detach() for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        return _Rule.apply(output, self, sink, len(inputs), *inputs, *self.params.values())
+
+    def grads(
+        self, sink: Sink, inputs: tuple[torch.Tensor, ...], grad_output: torch.Tensor
+    ) -> dict[str, SequenceGrads]:
+        inputs = tuple(by_sequence(sink, x, self.name) for x in inputs)
+        grad_output = by_sequence(sink, grad_output, self.name)
+        with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
+            found = self.rule(self.module, inputs, grad_output)
+        grads = {}
+        for name, param in self.params.items():
+            value = found.get(name)
+            if isinstance(value, torch.Tensor):
+                expected = (sink.num_sequences, *param.shape)
+                if value.shape != expected:
+                    raise ValueError(
+                        f"The rule for `{self.name}` ({type(self.module).__name__}) returned gradients of shape "
+                        f"{tuple(value.shape)} for `{name}`; they must have shape {expected}, one a sequence."
+                    )
+                value = Dense(value.unsqueeze(1) if param.dim() == 0 else value)
+            if value is None:
+                raise ValueError(
+                    f"The rule for `{self.name}` ({type(self.module).__name__}) returned no gradients for its "
+                    f"trainable parameter `{name}`."
+                )
+            grads[name] = value
+        return grads
+
+
+class _Rule(torch.autograd.Function):
+    """Passes a layer's output on; backward, hands its parameters' sequence gradients over."""
+
+    @staticmethod
+    def forward(ctx, output, layer, sink, num_inputs, *tensors):
+        ctx.layer, ctx.sink, ctx.num_inputs = layer, sink, num_inputs
+        ctx.save_for_backward(*tensors[:num_inputs])
+        return _alias(output)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        layer, sink = ctx.layer, ctx.sink
+        grads = layer.grads(sink, ctx.saved_tensors, grad_output)
+        emissions = [sink.receive(param, grads[name]) for name, param in layer.params.items()]
+        return grad_output, None, None, None, *([None] * ctx.num_inputs), *emissions
+
+
+class _EmbeddingLayer(Layer):
+    """An embedding: its lookups, wherever its forward makes them, run on the detached weight."""
+
+    def enter(self, sink: Sink, args: tuple, kwargs: dict) -> None:
+        self.entered = True
+        self.mode = LookupMode(self.module.weight, partial(self.lookup, sink))
+        self.mode.__enter__()
+
+    def exit(self) -> None:
+        self.mode.__exit__(None, None, None)
+        self.mode = None
+        self.entered = False
+
+    def lookup(self, sink: Sink, ids: torch.Tensor, weight: nn.Parameter, padding_idx: int | None) -> torch.Tensor:
+        ids = self.per_sequence(sink, ids)
+        output = F.embedding(ids, weight.detach(), padding_idx)
+        return _Lookup.apply(output, ids, padding_idx, sink, weight)
+
+    def per_sequence(self, sink: Sink, ids: torch.Tensor) -> torch.Tensor:
+        k, length = sink.num_sequences, sink.num_tokens
+        if ids.dim() >= 2 and ids.shape[0] == k and (length is None or ids.shape[1] == length):
+            return ids
+        # Positions come once for all sequences
+        if ids.dim() == 1 and (length is None or len(ids) == length):
+            return ids.expand(k, -1) if length is not None or len(ids) != k else ids.unsqueeze(1)
+        if ids.dim() == 2 and ids.shape[0] == 1:
+            return ids.expand(k, -1)
+        return by_sequence(sink, ids.unsqueeze(-1), self.name).squeeze(-1)
+
+
+class _Lookup(torch.autograd.Function):
+    """Passes what was looked up on; backward, hands the embedding's sequence gradients over."""
+
+    @staticmethod
+    def forward(ctx, output, ids, padding_idx, sink, weight):
+        ctx.padding_idx, ctx.sink, ctx.weight = padding_idx, sink, weight
+        ctx.save_for_backward(ids)
+        return _alias(output)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (ids,) = ctx.saved_tensors
+        grads = embedding_grads(ids, ctx.padding_idx, len(ctx.weight), grad_output)
+        return None, None, None, None, ctx.sink.receive(ctx.weight, grads)
+
+
+class _BroadcastLayer(Layer):
+    """A normalization layer: runs on one copy of its parameters a sequence."""
+
+    def enter(self, sink: Sink, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        values = args[0] if args else next(iter(kwargs.values()))
+        per_sequence = by_sequence(sink, values, self.name)
+        self.flattened = per_sequence.dim() != values.dim()
+        if args:
+            args = (per_sequence, *args[1:])
+        else:
+            kwargs = {**kwargs, next(iter(kwargs)): per_sequence}
+        self.entered = True
+        for name, param in self.params.items():
+            self.module.__dict__[name] = _Copies.apply(param, per_sequence.dim(), sink)
+        return args, kwargs
+
+    def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+        return output.flatten(0, 1) if self.flattened else None
+
+
+class _Copies(torch.autograd.Function):
+    """One copy of a parameter a sequence, `(k, 1, ..., *shape)`; backward, hands their gradients over."""
+
+    @staticmethod
+    def forward(ctx, param, dim, sink):
+        ctx.param, ctx.sink = param, sink
+        k = sink.num_sequences
+        return param.detach().view(*([1] * (dim - param.dim())), *param.shape).repeat(k, *([1] * (dim - 1)))
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        param = ctx.param
+        grads = grad_output.reshape(len(grad_output), *(param.shape or (1,)))
+        return ctx.sink.receive(param, Dense(grads)), None, None
+
+
+def layer_for(name: str, module: nn.Module, params: dict[str, nn.Parameter]) -> Layer | str:
+    """How a module with trainable parameters is followed, or why it can't be."""
+    if isinstance(module, nn.Embedding):
+        refusal = embedding_refusal(module)
+        if refusal is None and params.keys() != {"weight"}:
+            refusal = "it holds more than a weight"
+        return refusal or _EmbeddingLayer(name, module, params)
+    rule = rule_for(module)
+    if rule is not None:
+        return _RuleLayer(name, module, params, rule)
+    if broadcasts_parameters(module):
+        return _BroadcastLayer(name, module, params)
+    return f"holds {', '.join(f'`{n}`' for n in params)} and has no rule"

@@ -1,0 +1,83 @@
+"""Normalization layers.
+
+PyTorch's own have a rule. The many of transformers (`weight`, `1 + weight`, biases, per-head ones, fused with a gate)
+need none: they multiply by their parameters, so that a parameter expanded to one copy a sequence broadcasts against
+`(k, T, ...)`, and autograd gives each copy its sequence's gradient. Whether a class is of this kind is tried out, not
+guessed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from .factored import sum_dtype
+from .registry import _noise, agree, register_rule
+
+
+@register_rule(nn.LayerNorm)
+def layer_norm(
+    module: nn.LayerNorm, inputs: tuple[torch.Tensor, ...], grad_output: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """`y = w * (x - mean) / sd + b`."""
+    dtype = sum_dtype(grad_output)
+    values, grad_output = inputs[0].to(dtype), grad_output.to(dtype)
+    normalized = F.layer_norm(values, module.normalized_shape, eps=module.eps)
+    grads = {"weight": _sum_tokens(grad_output * normalized, module.weight)}
+    if module.bias is not None:
+        grads["bias"] = _sum_tokens(grad_output, module.bias)
+    return grads
+
+
+@register_rule(nn.RMSNorm)
+def rms_norm(
+    module: nn.RMSNorm, inputs: tuple[torch.Tensor, ...], grad_output: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """`y = w * x / rms(x)`."""
+    dtype = sum_dtype(grad_output)
+    # Without a value of its own, the layer's epsilon is that of its input's dtype
+    eps = module.eps if module.eps is not None else torch.finfo(inputs[0].dtype).eps
+    normalized = F.rms_norm(inputs[0].to(dtype), module.normalized_shape, eps=eps)
+    return {"weight": _sum_tokens(grad_output.to(dtype) * normalized, module.weight)}
+
+
+def broadcasts_parameters(module: nn.Module) -> bool:
+    """
+    Whether a normalization module takes one copy of its parameters a sequence, `(k, 1, ..., *shape)`, and then treats
+    each sequence as a module with that copy would.
+    """
+    if "norm" not in type(module).__name__.lower():
+        return False
+    params = dict(module.named_parameters(recurse=False))
+    shapes = {param.shape for param in params.values()}
+    if len(shapes) != 1 or any(param.is_meta for param in params.values()):
+        return False
+    shape = shapes.pop()
+    like = next(iter(params.values()))
+    was_training = module.training
+    try:
+        module.eval()
+        with torch.no_grad():
+            for leading in ((2, 3), (2, 3, 4)):
+                inputs = _noise(*leading, *shape, like=like)
+                copies = {
+                    name: param + _noise(2, *([1] * (len(leading) - 1)), *shape, like=param)
+                    for name, param in params.items()
+                }
+                together = functional_call(module, copies, (inputs,))
+                for i in range(2):
+                    alone = functional_call(
+                        module, {name: copy[i].view(shape) for name, copy in copies.items()}, (inputs[i : i + 1],)
+                    )
+                    if together.shape != inputs.shape or not agree(together[i : i + 1], alone):
+                        return False
+    except Exception:  # a trial: a module that cannot take such parameters is one that this is not for
+        return False
+    finally:
+        module.train(was_training)
+    return True
+
+
+def _sum_tokens(values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """`(k, ..., *param.shape)` summed to `(k, *param.shape)`."""
+    return values.reshape(values.shape[0], -1, *param.shape).sum(1)

@@ -1,0 +1,80 @@
+"""The definition, one sequence at a time, one tensor at a time, in float64: what every path is held against."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+
+
+def remove(acc, sequences, policy, *, method="iterative", sweeps=2, bound=0.5, strength=1.0):
+    """`acc - strength * bound(P(acc))` for flat vectors: `acc` (n,), `sequences` list of (n,), `policy` (n,)."""
+    if method == "none":
+        return acc
+    units = [s / s.norm() for s in sequences if s.norm() > 0]
+    if method == "exact":
+        basis = []
+        for u in units:  # Gram-Schmidt, twice for accuracy
+            for _ in range(2):
+                for q in basis:
+                    u = u - (u @ q) * q
+            if u.norm() > 1e-3:
+                basis.append(u / u.norm())
+        projection = sum(((acc @ q) * q for q in basis), torch.zeros_like(acc))
+    else:
+        rest = acc.clone()
+        for _ in range(sweeps):
+            for u in units:
+                rest = rest - (rest @ u) * u
+        projection = acc - rest
+    length = projection.norm()
+    if bound is not None and length > bound * policy.norm():
+        projection = projection * (bound * policy.norm() / length)
+    return acc - strength * projection
+
+
+def accumulate(
+    model: torch.nn.Module,
+    microbatches: list[tuple[list[Callable], torch.Tensor]],
+    **settings,
+) -> dict[str, torch.Tensor]:
+    """
+    PROMA's accumulated gradients of a float64 copy of `model`.
+
+    `microbatches` holds, for each, the k objectives (functions of the model that give a scalar) and the k advantages.
+    """
+    model = copy.deepcopy(model).double()
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    accumulated = {}
+    for objectives, advantages in microbatches:
+        grads = []
+        for objective in objectives:
+            found = torch.autograd.grad(objective(model), list(params.values()), allow_unused=True)
+            grads.append(
+                [torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), found, strict=True)]
+            )
+        for index, (name, param) in enumerate(params.items()):
+            sequences = [g[index].flatten() for g in grads]
+            policy = sum(a * s for a, s in zip(advantages.double(), sequences, strict=True))
+            if name in accumulated:
+                acc = remove(accumulated[name].flatten(), sequences, policy, **settings)
+                accumulated[name] = (acc + policy).view_as(param)
+            else:
+                accumulated[name] = policy.view_as(param).clone()
+    return accumulated
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5):
+    """
+    Every tensor within `tolerance` of the expected one's norm. Tensors whose gradient is zero in exact arithmetic (the
+    bias of keys, to which softmax is blind) must be rounding noise beside the others.
+    """
+    assert found.keys() == expected.keys()
+    total = torch.stack([want.double().norm() for want in expected.values()]).norm()
+    for name, want in expected.items():
+        got = found[name]
+        assert got is not None, f"{name}: no gradient"
+        if want.double().norm() < 1e-9 * total:
+            assert got.double().norm() < 1e-6 * total, f"{name}: must be zero"
+            continue
+        error = (got.double() - want.double()).norm() / want.double().norm()
+        assert error <= tolerance, f"{name}: relative error {error:.2e}"
