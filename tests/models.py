@@ -3,7 +3,6 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,

@@ -1,0 +1,142 @@
+"""`PROMAConfig`: GRPO's settings with those of the projection, without those that PROMA has no use for."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl import GRPOConfig
+
+from .projection import ProjectionSettings
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+
+_NO_REFERENCE = "PROMA has no reference policy: its updates stay close to the policy by projection"
+_NO_CLIPPING = "PROMA does not clip importance ratios, so the value would be ignored"
+_OTHER_LOSS = "it belongs to a loss type that PROMA does not have"
+_NO_BONUS = "an entropy bonus is not a multiple of the sequences' log-probability gradients, so it can't be projected"
+
+# Settings of GRPO that PROMA does not use or cannot honour, and why. They must keep GRPO's default.
+_UNUSED = {
+    "beta": _NO_REFERENCE,
+    "sync_ref_model": _NO_REFERENCE,
+    "use_bias_correction_kl": _NO_REFERENCE,
+    "epsilon": _NO_CLIPPING,
+    "epsilon_high": _NO_CLIPPING,
+    "delta": _NO_CLIPPING,
+    "sapo_temperature_neg": _OTHER_LOSS,
+    "sapo_temperature_pos": _OTHER_LOSS,
+    "vespo_k_pos": _OTHER_LOSS,
+    "vespo_lambda_pos": _OTHER_LOSS,
+    "vespo_k_neg": _OTHER_LOSS,
+    "vespo_lambda_neg": _OTHER_LOSS,
+    "entropy_coef": _NO_BONUS,
+    "use_adaptive_entropy": _NO_BONUS,
+    "torch_compile": "compiled layers run past the hooks that collect sequence gradients",
+}
+
+# Optimizers that step inside the backward pass, where nothing accumulates
+_FUSED_OPTIMIZERS = ("lomo", "adalomo")
+
+
+@dataclass
+class PROMAConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`PROMATrainer`].
+
+    It has all of [`~trl.GRPOConfig`]'s parameters, and those of the projection. Parameters of GRPO that PROMA has no
+    use for (KL penalty, clipping, entropy bonus) must keep their defaults.
+
+    Parameters:
+        projection (`str`, *optional*, defaults to `"iterative"`):
+            How the accumulated gradient is projected off a microbatch's sequence gradients. `"iterative"`: sweeps of
+            one-sequence projections, as in the paper's experiments. `"exact"`: the orthogonal projection onto their
+            span. `"none"`: no projection, which is REINFORCE.
+        projection_sweeps (`int`, *optional*, defaults to `2`):
+            Number of sweeps of `projection="iterative"`.
+        projection_bound (`float` or `None`, *optional*, defaults to `0.5`):
+            Largest norm of what is removed, as a multiple of the norm of the microbatch's policy gradient. `None`
+            (on a command line: `inf`) for no bound.
+        projection_strength (`float`, *optional*, defaults to `1.0`):
+            Part of the projection that is removed, from 0 (REINFORCE) to 1 (PROMA).
+        projection_memory_budget (`float`, *optional*, defaults to `0.5`):
+            GiB that the sequence gradients of one parameter tensor may take. Larger ones, like those of a vocabulary,
+            are worked on in parts, which costs time.
+    """
+
+    projection: str = field(
+        default="iterative",
+        metadata={
+            "help": "How the accumulated gradient is projected off a microbatch's sequence gradients. `'iterative'`: "
+            "sweeps of one-sequence projections, as in the paper's experiments. `'exact'`: the orthogonal projection "
+            "onto their span. `'none'`: no projection, which is REINFORCE.",
+            "choices": ["iterative", "exact", "none"],
+        },
+    )
+    projection_sweeps: int = field(
+        default=2,
+        metadata={"help": "Number of sweeps of `projection='iterative'`."},
+    )
+    projection_bound: float | None = field(
+        default=0.5,
+        metadata={
+            "help": "Largest norm of what is removed, as a multiple of the norm of the microbatch's policy gradient. "
+            "`None` (on a command line: `inf`) for no bound."
+        },
+    )
+    projection_strength: float = field(
+        default=1.0,
+        metadata={"help": "Part of the projection that is removed, from 0 (REINFORCE) to 1 (PROMA)."},
+    )
+    projection_memory_budget: float = field(
+        default=0.5,
+        metadata={
+            "help": "GiB that the sequence gradients of one parameter tensor may take. Larger ones, like those of a "
+            "vocabulary, are worked on in parts, which costs time."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.projection_bound == math.inf:
+            self.projection_bound = None
+        self.projection_settings()
+        if not self.projection_memory_budget > 0:
+            raise ValueError(
+                f"`projection_memory_budget` must be a positive number of GiB, got {self.projection_memory_budget}."
+            )
+        super().__post_init__()
+        self._refuse_unused()
+
+    def projection_settings(self) -> ProjectionSettings:
+        """The settings of the projection, validated."""
+        return ProjectionSettings(
+            method=self.projection,
+            sweeps=self.projection_sweeps,
+            bound=self.projection_bound,
+            strength=self.projection_strength,
+        )
+
+    def _refuse_unused(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(
+                f"`loss_type={self.loss_type!r}` is not available with PROMA, whose loss is REINFORCE. Choose how it "
+                f"is normalized: {', '.join(map(repr, LOSS_TYPES))}."
+            )
+        defaults: dict[str, Any] = {f.name: f.default for f in fields(GRPOConfig)}
+        for name, reason in _UNUSED.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is not available with PROMA: {reason}. Leave it at its "
+                    f"default, {defaults[name]!r}, or use `GRPOTrainer`."
+                )
+        if self.router_aux_loss_coef:
+            raise ValueError(
+                f"`router_aux_loss_coef={self.router_aux_loss_coef}` is not available with PROMA: the load-balancing "
+                "loss of a Mixture-of-Experts model is not a multiple of the sequences' log-probability gradients, so "
+                "it can't be projected. Set `router_aux_loss_coef=0.0`, or use `GRPOTrainer`."
+            )
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if optimizer in _FUSED_OPTIMIZERS or optimizer.endswith("_layerwise"):
+            raise ValueError(
+                f"`optim={optimizer!r}` is not available with PROMA: it consumes gradients within the backward pass, "
+                "where PROMA accumulates them. Choose another optimizer, such as `optim='adamw_torch'`."
+            )

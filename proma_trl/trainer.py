@@ -1,0 +1,174 @@
+"""`PROMATrainer`: TRL's `GRPOTrainer` with REINFORCE as its loss and the projected accumulation beneath it."""
+
+import math
+import textwrap
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import DynamoBackend
+from trl import GRPOTrainer
+
+from .accumulation import ProjectedAccumulation
+from .config import PROMAConfig
+from .sequence_grads.fused_head import check_trl, sequence_head
+
+
+class PROMATrainer(GRPOTrainer):
+    """
+    Trainer for PROMA, introduced in [PROMA: Projected Microbatch Accumulation for Reference-Free Proximal Policy
+    Updates](https://huggingface.co/papers/2601.10498).
+
+    It takes [`~trl.GRPOTrainer`]'s arguments, with a [`PROMAConfig`] as `args`. Where GRPO clips importance ratios,
+    PROMA projects: the loss is REINFORCE with group-relative advantages (and the unclipped ratio where the minibatch
+    is off-policy), and before the gradient of a microbatch is accumulated, the directions in which that microbatch's
+    sequences change their probability fastest are removed from what has been accumulated in the step.
+
+    Beside GRPO's metrics it logs `projection/norm_ratio`, `projection/bounded_fraction` and `projection/overlap`; see
+    [`ProjectedAccumulation.pop_metrics`].
+
+    Raises:
+        ValueError: At construction, for a setting that can't be honoured or a layer without sequence gradients; at the
+            first batch, for token-level advantages.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from proma_trl import PROMAConfig, PROMATrainer
+    from trl.rewards import accuracy_reward
+
+    trainer = PROMATrainer(
+        model="Qwen/Qwen3-0.6B",
+        reward_funcs=accuracy_reward,
+        args=PROMAConfig(gradient_accumulation_steps=16),
+        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "proma", "proma-trl"]
+    _name = "PROMA"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "PROMA: Projected Microbatch Accumulation for Reference-Free Proximal Policy Updates",
+        "id": "2601.10498",
+        "citation": textwrap.dedent("""\
+            @article{abrahamsen2026proma,
+                title        = {{PROMA: Projected Microbatch Accumulation for Reference-Free Proximal Policy Updates}},
+                author       = {Nilin Abrahamsen},
+                year         = 2026,
+                eprint       = {arXiv:2601.10498},
+            }"""),
+    }
+
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: PROMAConfig | None = None, *rest: Any, **kwargs: Any
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = PROMAConfig(f"{name.split('/')[-1]}-PROMA")
+        if not isinstance(args, PROMAConfig):
+            raise TypeError(f"`args` must be a `PROMAConfig`, got `{type(args).__name__}`.")
+        check_trl()
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        if self.aux_loss_enabled:
+            raise ValueError(
+                "The model's configuration declares a load-balancing loss (`router_aux_loss_coef`), which is not a "
+                "multiple of the sequences' log-probability gradients, so PROMA can't project it. Set "
+                "`router_aux_loss_coef=0.0` in `PROMAConfig`."
+            )
+        # Ratios stay unclipped
+        self.epsilon_low = self.epsilon_high = math.inf
+        settings = args.projection_settings()
+        self._advantages: torch.Tensor | None = None
+        self._accumulation: ProjectedAccumulation | None = None
+        if settings.removes:
+            self._refuse_setup()
+            self._accumulation = ProjectedAccumulation(
+                self.model,
+                settings,
+                microbatch_size=args.per_device_train_batch_size,
+                memory_budget=args.projection_memory_budget,
+            )
+
+    def _refuse_setup(self) -> None:
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise ValueError(
+                "PROMA does not run on a compiled model, whose layers run past the hooks that collect sequence "
+                "gradients. Launch without `--dynamo_backend` (unset `ACCELERATE_DYNAMO_BACKEND`)."
+            )
+        kind = None
+        if self.is_deepspeed_enabled:
+            kind = "DeepSpeed"
+        elif self.is_fsdp_enabled:
+            kind = "FSDP"
+        elif self.accelerator.num_processes > 1:
+            kind = f"{self.accelerator.num_processes} processes"
+        elif self.args.n_gpu > 1:
+            kind = f"`torch.nn.DataParallel` on {self.args.n_gpu} GPUs"
+        if kind is not None:
+            raise ValueError(
+                f"PROMA's projection runs on one device, and this run uses {kind}. Launch one process (`accelerate "
+                'launch --num_processes 1`, `CUDA_VISIBLE_DEVICES=0`), or set `projection="none"` for REINFORCE on '
+                "many."
+            )
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        training = self.model.training
+        self._advantages = inputs["advantages"]
+        if training and self._accumulation is not None:
+            loss = self._projected_loss(model, inputs)
+        else:
+            loss = super()._compute_loss(model, inputs)
+        metrics = self._metrics["train" if training else "eval"]
+        for name in [name for name in metrics if name.startswith("clip_ratio/")]:
+            del metrics[name]
+        return loss
+
+    def _projected_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's loss, linear in the advantages, taken apart: each sequence's part, and its advantage."""
+        advantages = inputs["advantages"]
+        if advantages.dim() != 1:
+            raise ValueError(
+                f"Advantages of shape {tuple(advantages.shape)} weigh tokens, not sequences: the policy gradient is "
+                "then no sum of multiples of the sequences' log-probability gradients, and PROMA can't project it. "
+                "Give one advantage a sequence, or use `GRPOTrainer`."
+            )
+        ones = torch.ones_like(advantages, requires_grad=True)
+        with self._accumulation.capture() as microbatch:
+            single = self._accumulation.microbatch_size == 1
+            with nullcontext() if single else sequence_head(microbatch, inputs["completion_ids"].size(1)):
+                objective = super()._compute_loss(model, {**inputs, "advantages": ones})
+        (shares,) = torch.autograd.grad(objective, ones, retain_graph=True)
+        return self._accumulation.loss(objective, advantages, value=(shares * advantages).sum())
+
+    def get_off_policy_mask(self, advantages: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        # The mask keeps sequences by the sign of their advantages, which `_projected_loss` set to one
+        return GRPOTrainer.get_off_policy_mask(advantages=self._advantages.view_as(advantages), **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._accumulation is not None and self.model.training:
+            for name, value in self._accumulation.pop_metrics().items():
+                self._metrics["train"][f"projection/{name}"].append(value)
+        super().log(logs, start_time)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """TRL's model card, with the settings of the projection added to it."""
+        super().create_model_card(model_name, dataset_name, tags)
+        path = Path(self.args.output_dir) / "README.md"
+        if not (self.is_world_process_zero() and path.is_file()):
+            return
+        names = [name for name in vars(self.args) if name.startswith("projection")]
+        rows = "\n".join(f"| `{name}` | `{getattr(self.args, name)!r}` |" for name in names)
+        section = f"### Projection\n\n| Setting | Value |\n| --- | --- |\n{rows}\n\n"
+        card = path.read_text(encoding="utf-8")
+        path.write_text(
+            card.replace("### Framework versions", section + "### Framework versions", 1), encoding="utf-8"
+        )
