@@ -20,11 +20,17 @@ from functools import partial
 import torch
 from torch import nn
 
-from .projection import ProjectionSettings, Solution, solve
+from .projection import ProjectionSettings, Solution, rank_tolerance, solve
 from .sequence_grads.factored import Dense, Rows, SequenceGrads, sum_dtype
 from .sequence_grads.layers import Layer, layer_for
 
 _GIB = 2**30
+
+# Elements of k sequence gradients up to which the exact projection sums in float64 (8 MiB)
+_SMALL = 2**20
+
+# The accumulation that follows each model: a second one on the same model takes the place of the first
+_FOLLOWED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ProjectedAccumulation]] = weakref.WeakKeyDictionary()
 
 
 class ProjectedAccumulation:
@@ -163,7 +169,11 @@ class ProjectedAccumulation:
         return tuple(param.requires_grad for param in self.model.parameters())
 
     def _attach(self) -> None:
+        previous = _FOLLOWED.get(self.model, lambda: None)()
+        if previous is not None:
+            previous.detach()
         self.detach()
+        _FOLLOWED[self.model] = weakref.ref(self)
         self._trainable = self._signature()
         self._names = {param: name for name, param in self.model.named_parameters() if param.requires_grad}
         self._handles.append(self.model.register_forward_pre_hook(self._read_shape, with_kwargs=True))
@@ -277,13 +287,17 @@ class ProjectedAccumulation:
         k, rows = len(advantages), len(acc)
         row_bytes = k * acc[0].numel() * dtype.itemsize
         step = min(rows, max(1, int(self.memory_budget * _GIB) // max(1, row_bytes)))
-        gram = acc.new_zeros((k, k), dtype=dtype)
-        overlaps = acc.new_zeros(k, dtype=dtype)
+        # The exact projection inverts the Gram matrix, whose condition is the square of the sequences'. Float64 makes
+        # up for that where it costs nothing and matters: k gradients of a small tensor can nearly be dependent.
+        small = self.settings.method == "exact" and k * acc.numel() <= _SMALL and acc.device.type != "mps"
+        gram_dtype = torch.float64 if small else dtype
+        gram = acc.new_zeros((k, k), dtype=gram_dtype)
+        overlaps = acc.new_zeros(k, dtype=gram_dtype)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             grads = self._dense(parts, (k, stop - start, *acc.shape[1:]), acc.device, dtype, start)
-            gram += _gram(grads)
-            overlaps += grads @ acc[start:stop].flatten().to(dtype)
+            gram += _gram(grads.to(gram_dtype))
+            overlaps += grads.to(gram_dtype) @ acc[start:stop].flatten().to(gram_dtype)
 
         wide = torch.float32 if acc.device.type == "mps" else torch.float64
         solution = solve(
@@ -292,7 +306,7 @@ class ProjectedAccumulation:
             acc_sq.to(wide),
             advantages.to(wide),
             self.settings,
-            eps=torch.finfo(dtype).eps,
+            rank_tolerance(k, gram_dtype, dtype),
         )
         coefficients = solution.coefficients.to(dtype)
         if step == rows:
@@ -331,10 +345,10 @@ class ProjectedAccumulation:
             self._scratch[dtype] = buffer = torch.empty(size, dtype=dtype)
         return buffer[:size].view(shape)
 
-    def _project_whole(self, param: nn.Parameter, grad: torch.Tensor) -> torch.Tensor:
+    def _project_whole(self, param: nn.Parameter, grad: torch.Tensor | None) -> torch.Tensor | None:
         """Leaf hook, one sequence a microbatch: the gradient is that of the sequence."""
         microbatch = self._microbatch
-        if microbatch is None or not microbatch.backward_runs:
+        if grad is None or microbatch is None or not microbatch.backward_runs:
             return grad
         if param in microbatch.emitted:
             raise RuntimeError(
@@ -347,10 +361,12 @@ class ProjectedAccumulation:
         microbatch.emitted[param] = emission.data_ptr()
         return emission
 
-    def _check_emitted(self, param: nn.Parameter, grad: torch.Tensor) -> None:
+    def _check_emitted(self, param: nn.Parameter, grad: torch.Tensor | None) -> None:
         """Leaf hook: a gradient that didn't come from the recorded uses of a parameter would escape the projection."""
         microbatch = self._microbatch
-        if microbatch is not None and microbatch.backward_runs and microbatch.emitted.get(param) != grad.data_ptr():
+        if grad is None or microbatch is None or not microbatch.backward_runs:
+            return
+        if microbatch.emitted.get(param) != grad.data_ptr():
             raise RuntimeError(
                 f"`{self._names[param]}` is used outside the forward pass of the layer that holds it, where its "
                 "sequence gradients can't be seen. Train with one sequence a microbatch, which works with every layer "

@@ -84,7 +84,6 @@ class GreedyEvaluation(TrainerCallback):
             num_beams=1,
             temperature=1.0,
             top_p=1.0,
-            top_k=0,
             repetition_penalty=1.0,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
@@ -111,7 +110,9 @@ class GreedyEvaluation(TrainerCallback):
         trainer.control.should_log = should_log
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._evaluate_and_log(state)
+        # A run that resumes from a checkpoint has had its first evaluation.
+        if state.global_step == 0:
+            self._evaluate_and_log(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if state.global_step % self.every_steps == 0:

@@ -19,7 +19,6 @@ _NO_BONUS = "an entropy bonus is not a multiple of the sequences' log-probabilit
 _UNUSED = {
     "beta": _NO_REFERENCE,
     "sync_ref_model": _NO_REFERENCE,
-    "use_bias_correction_kl": _NO_REFERENCE,
     "epsilon": _NO_CLIPPING,
     "epsilon_high": _NO_CLIPPING,
     "delta": _NO_CLIPPING,

@@ -23,9 +23,6 @@ import torch
 
 METHODS = ("iterative", "exact", "none")
 
-# Eigenvalues of the unit-diagonal Gram matrix below `_RANK_TOLERANCE * k * eps` are rounding noise of its entries
-_RANK_TOLERANCE = 16
-
 
 @dataclass(frozen=True)
 class ProjectionSettings:
@@ -98,7 +95,7 @@ def solve(
     acc_sq: torch.Tensor,
     advantages: torch.Tensor,
     settings: ProjectionSettings,
-    eps: float,
+    tolerance: float,
 ) -> Solution:
     """
     Coefficients `c` such that `acc + sum_i c_i s_i` is PROMA's accumulated gradient.
@@ -109,12 +106,11 @@ def solve(
         acc_sq (`(...)`): `<acc, acc>`; used for the reported cosine only.
         advantages (`(k,)` or `(..., k)`): `a_i`, the coefficients of the policy gradient.
         settings ([`ProjectionSettings`]): What to remove.
-        eps (`float`): Relative precision of the entries of `gram`, for the rank tolerance of the exact projection.
+        tolerance (`float`): See [`rank_tolerance`]; the exact projection uses it.
 
     Returns:
         [`Solution`], in the dtype of `gram`.
     """
-    k = gram.shape[-1]
     norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     # A sequence without a gradient is skipped: a zero row that solves to zero
     inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
@@ -124,7 +120,7 @@ def solve(
 
     if settings.method == "exact":
         eigenvalues, vectors = torch.linalg.eigh(cosines)
-        keep = eigenvalues > _RANK_TOLERANCE * k * eps
+        keep = eigenvalues > tolerance
         inverted = torch.where(keep, 1 / torch.where(keep, eigenvalues, 1), 0)
         weights = vectors @ (inverted * (vectors.mT @ components.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)
     elif settings.method == "iterative":
@@ -159,6 +155,19 @@ def solve(
     )
 
 
+def rank_tolerance(k: int, gram: torch.dtype, sequences: torch.dtype) -> float:
+    """
+    Largest eigenvalue of the unit-diagonal Gram matrix of parallel sequences that is still rounding noise.
+
+    Args:
+        k (`int`): Number of sequences.
+        gram (`torch.dtype`): Precision in which the Gram matrix was summed; its noise is in the eigenvalues.
+        sequences (`torch.dtype`): Precision of the sequence gradients; their noise is in the singular values, the
+            eigenvalues' square roots.
+    """
+    return max(16 * k * torch.finfo(gram).eps, (16 * k * torch.finfo(sequences).eps) ** 2)
+
+
 def project_exact(vector: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
     """
     The paper's first version on plain vectors: the orthogonal projection of `vector` onto the rows of `sequences`.
@@ -175,7 +184,7 @@ def project_exact(vector: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor
     """
     directions = _normalized(sequences)
     _, singular, basis = torch.linalg.svd(directions, full_matrices=False)
-    tolerance = (_RANK_TOLERANCE * len(sequences) * torch.finfo(vector.dtype).eps) ** 0.5
+    tolerance = rank_tolerance(len(sequences), vector.dtype, vector.dtype) ** 0.5
     basis = basis[singular > tolerance]
     return basis.mT @ (basis @ vector)
 

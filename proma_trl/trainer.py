@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import DynamoBackend
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from .accumulation import ProjectedAccumulation
@@ -153,6 +154,23 @@ class PROMATrainer(GRPOTrainer):
             for name, value in self._accumulation.pop_metrics().items():
                 self._metrics["train"][f"projection/{name}"].append(value)
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        # Between two optimizer steps on one generation, TRL would forget the completions and generate again on resume
+        if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
+            checkpoint = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            torch.save({"step": self._step, "inputs": self._buffered_inputs}, checkpoint / self._rollout_file())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = Path(checkpoint or "") / self._rollout_file()
+        if checkpoint is not None and path.is_file():
+            rollout = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            self._step, self._buffered_inputs = rollout["step"], rollout["inputs"]
+
+    def _rollout_file(self) -> str:
+        return f"rollout_{self.accelerator.process_index}.pt"
 
     def create_model_card(
         self,

@@ -41,9 +41,9 @@ ARCHITECTURES = {
 }
 
 
-def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, **kwargs) -> torch.nn.Module:
     """A tiny causal language model without dropout, with all parameters moved away from their symmetric values."""
-    settings = {**SIZES, **ARCHITECTURES[architecture]}
+    settings = {**SIZES, **ARCHITECTURES[architecture], **kwargs}
     model_type = settings.pop("model_type")
     if model_type == "falcon":
         del settings["head_dim"]

@@ -1,0 +1,235 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from tiny import make_policy, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "gsm8k.py"
+
+spec = importlib.util.spec_from_file_location("gsm8k_recipe", RECIPE)
+recipe = importlib.util.module_from_spec(spec)
+sys.modules["gsm8k_recipe"] = recipe
+spec.loader.exec_module(recipe)
+
+
+def write_problems(path, numbers):
+    rows = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in numbers]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """A run of two steps with a tiny random policy, as the settings of a YAML file."""
+    tokenizer = make_tokenizer()
+    # One digit at random is right often enough for rewards that differ.
+    no_digits = [index for token, index in tokenizer.get_vocab().items() if token not in "12345678"]
+    for saved in (tokenizer, make_policy(tokenizer)):
+        saved.save_pretrained(tmp_path / "policy")
+    (tmp_path / "problems").mkdir()
+    write_problems(tmp_path / "problems" / "train.jsonl", range(8))
+    write_problems(tmp_path / "problems" / "test.jsonl", range(20, 25))
+    return {
+        "model_name_or_path": str(tmp_path / "policy"),
+        "dataset_name": str(tmp_path / "problems"),
+        "output_dir": str(tmp_path / "run"),
+        "projection": "exact",
+        "projection_bound": None,
+        "format_reward_weight": 0.5,
+        "eval_every": 1,
+        "eval_samples": 4,
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 8,
+        "max_completion_length": 1,
+        "generation_kwargs": {"suppress_tokens": no_digits},
+        "learning_rate": 1.0e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": "none",
+    }
+
+
+def write_config(tmp_path, settings):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def run_recipe(*arguments):
+    """Runs the recipe as a user does, in a process of its own."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    return subprocess.run(
+        [*launch, str(RECIPE), *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def read_metrics(output_dir):
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("algorithm", ["proma", "reinforce", "grpo"])
+def test_run(tmp_path, settings, algorithm):
+    run = run_recipe("--config", write_config(tmp_path, settings), "--algorithm", algorithm, "--eval_samples", "3")
+    assert run.returncode == 0, run.stderr
+    assert "Greedy accuracy: 0.0% before training" in run.stdout
+
+    trained, initial = read_weights(settings["output_dir"]), read_weights(settings["model_name_or_path"])
+    assert set(trained) == set(initial)
+    assert any(not torch.equal(trained[name], initial[name]) for name in trained)
+    tokenizer = AutoTokenizer.from_pretrained(settings["output_dir"])
+    assert tokenizer.chat_template == make_tokenizer().chat_template
+
+    records = read_metrics(settings["output_dir"])
+    assert [record["step"] for record in records if "eval_accuracy" in record] == [0, 1, 2]
+    train = [record for record in records if "reward" in record]
+    assert [record["step"] for record in train] == [1, 2]
+    assert all(record["reward_std"] > 0 for record in train)
+    assert {"rewards/accuracy_reward/mean", "rewards/format_reward/mean", "loss", "grad_norm"} <= set(train[0])
+
+    card = (Path(settings["output_dir"]) / "README.md").read_text()
+    assert ("GRPO" if algorithm == "grpo" else "PROMA") in card
+    # The card is for others, who do not have this machine's folders.
+    assert str(tmp_path) not in card
+
+
+def test_baselines_differ_from_proma_in_one_setting(tmp_path, settings, monkeypatch):
+    class Constructed(Exception):
+        pass
+
+    def remember(name):
+        def construct(**arguments):
+            raise Constructed(name, arguments)
+
+        return construct
+
+    monkeypatch.setattr(recipe, "PROMATrainer", remember("PROMATrainer"))
+    monkeypatch.setattr(recipe, "GRPOTrainer", remember("GRPOTrainer"))
+    config, seen = write_config(tmp_path, settings), {}
+    for algorithm in ("proma", "reinforce", "grpo"):
+        with pytest.raises(Constructed) as constructed:
+            recipe.main(["--config", config, "--algorithm", algorithm])
+        seen[algorithm] = constructed.value.args
+    assert [seen[algorithm][0] for algorithm in seen] == ["PROMATrainer", "PROMATrainer", "GRPOTrainer"]
+    assert seen["proma"][1]["args"].projection == "exact"
+    assert seen["proma"][1]["args"].projection_bound is None
+    assert seen["reinforce"][1]["args"].projection == "none"
+    assert not hasattr(seen["grpo"][1]["args"], "projection")
+    assert (seen["grpo"][1]["args"].epsilon, seen["grpo"][1]["args"].beta) == (0.2, 0.0)
+    for _, arguments in seen.values():
+        assert arguments["args"].reward_weights == [1.0, 0.5]
+        assert [function.__name__ for function in arguments["reward_funcs"]] == ["accuracy_reward", "format_reward"]
+        assert arguments["train_dataset"]["answer"] == [str(n + 1) for n in range(8)]
+        assert arguments["args"].learning_rate == 1e-2
+
+
+def test_algorithm_in_the_file(tmp_path, settings):
+    config = write_config(tmp_path, settings | {"algorithm": "grpo"})
+    assert recipe.choose_algorithm(["--config", config]) == "grpo"
+    assert recipe.choose_algorithm(["--config", config, "--algorithm", "reinforce"]) == "reinforce"
+    assert recipe.choose_algorithm(["--config", config, "--algorithm=reinforce"]) == "reinforce"
+    assert recipe.choose_algorithm([]) == "proma"
+
+
+def test_adapters(tmp_path, settings):
+    config = write_config(tmp_path, settings | {"max_steps": 1, "eval_every": 0})
+    recipe.main(["--config", config, "--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "down_proj"])
+    base = AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"])
+    adapted = PeftModel.from_pretrained(base, settings["output_dir"])
+    trained = {name: weight for name, weight in adapted.named_parameters() if "lora_B" in name}
+    assert len(trained) == 4
+    assert any(weight.abs().max() > 0 for weight in trained.values())
+    assert not any("eval_accuracy" in record for record in read_metrics(settings["output_dir"]))
+
+
+def test_resumed_run_ends_like_one_that_was_not_stopped(tmp_path, settings):
+    settings |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "eval_every": 2}
+    config = write_config(tmp_path, settings)
+    recipe.main(["--config", config])
+    weights, records = read_weights(settings["output_dir"]), read_metrics(settings["output_dir"])
+    steps = [record["step"] for record in records]
+    assert steps == [0, 1, 2, 2, 3, 3, 3]
+
+    recipe.main(["--config", config, "--resume_from_checkpoint", f"{settings['output_dir']}/checkpoint-1"])
+    resumed_weights, resumed_records = read_weights(settings["output_dir"]), read_metrics(settings["output_dir"])
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+    assert [record["step"] for record in resumed_records] == steps
+    for record, resumed_record in zip(records, resumed_records, strict=True):
+        assert record.get("reward") == resumed_record.get("reward")
+        assert record.get("eval_accuracy") == resumed_record.get("eval_accuracy")
+
+    # Resuming a finished run from its last checkpoint has nothing left to do.
+    recipe.main(["--config", config, "--resume_from_checkpoint", "true"])
+    assert all(torch.equal(weights[name], weight) for name, weight in read_weights(settings["output_dir"]).items())
+
+
+def test_help_is_complete():
+    run = subprocess.run(
+        [sys.executable, str(RECIPE), "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    for option in ("--config", "--algorithm", "--dataset_name", "--eval_every", "--format_reward_weight"):
+        assert f"\n  {option} " in run.stdout
+    for option in ("--projection", "--num_generations", "--learning_rate", "--model_name_or_path", "--use_peft"):
+        assert f"\n  {option} " in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--algorithm", "ppo"], "--algorithm: 'ppo' is none of proma, reinforce, grpo"),
+        (["--config", "nowhere.yaml"], "--config: there is no file 'nowhere.yaml'"),
+    ],
+)
+def test_errors_of_the_command_line(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        recipe.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model_name_or_path": None}, ValueError, "model_name_or_path is not set. Set it"),
+        ({"reward_weights": [1.0, 2.0]}, ValueError, "reward_weights is not used here. Set format_reward_weight"),
+        ({"dataset_name": "./nowhere"}, FileNotFoundError, r"dataset_name='./nowhere' is neither .* Set dataset_name"),
+        ({"dataset_test_split": "validation"}, ValueError, "has no split 'validation'.* eval_every=0"),
+        ({"max_prompt_length": 3}, ValueError, "max_prompt_length=3 leaves no problem.* Raise max_prompt_length"),
+        ({"eval_every": -1}, ValueError, "eval_every=-1 is negative. Set it to 0"),
+        ({"eval_samples": 0}, ValueError, "eval_samples=0 is not positive. Leave it out"),
+        ({"epochs": 1}, ValueError, "Unknown arguments from config file.*--epochs"),
+    ],
+)
+def test_errors_of_the_settings(tmp_path, settings, changes, error, message):
+    with pytest.raises(error, match=message):
+        recipe.main(["--config", write_config(tmp_path, settings | changes)])
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("algorithm", ["proma", "reinforce", "grpo"])
+def test_configs_are_valid(tmp_path, config, algorithm):
+    # bf16 on a machine without a GPU needs use_cpu.
+    arguments = ["--config", str(config), "--algorithm", algorithm, "--use_cpu", "--output_dir", str(tmp_path)]
+    args, training_args, model_args, *_ = recipe.make_parser(algorithm).parse_args_and_config(arguments)
+    assert args.algorithm == algorithm
+    assert model_args.model_name_or_path
+    assert training_args.generation_batch_size % training_args.num_generations == 0
