@@ -5,6 +5,9 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
+# Waiting threads sleep. If they spin, two programs on the same cores slow each other down many times over.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: help install test lint format demo clean
 
 help:
