@@ -81,6 +81,7 @@ class ProjectedAccumulation:
         self.memory_budget = memory_budget
         self._microbatch: Microbatch | None = None
         self._recording = False
+        self._backward_task = -1
         self._handles: list = []
         self._trainable: tuple[bool, ...] = ()
         self._names: dict[nn.Parameter, str] = {}
@@ -181,19 +182,24 @@ class ProjectedAccumulation:
             for param in self._names:
                 self._handles.append(param.register_hook(partial(self._project_whole, param)))
             return
-        refused = []
+        followed: set[nn.Parameter] = set()
+        without_rule = []
         for name, module in self.model.named_modules():
             params = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
             if not params:
                 continue
             layer = layer_for(name, module, params)
             if isinstance(layer, str):
-                refused.append(f"`{name or 'the model itself'}` ({type(module).__name__}): {layer}")
+                line = f"`{name or 'the model itself'}` ({type(module).__name__}): {layer}"
+                without_rule.append((params, line))
             else:
+                followed.update(params.values())
                 self._handles.append(module.register_forward_pre_hook(partial(self._enter, layer), with_kwargs=True))
                 self._handles.append(
                     module.register_forward_hook(partial(self._leave, layer), with_kwargs=True, always_call=True)
                 )
+        # A module may hold but an alias of a parameter that another layer works with
+        refused = [line for params, line in without_rule if not followed.issuperset(params.values())]
         if refused:
             self.detach()
             shown = "\n".join(f"  - {line}" for line in refused[:8])
@@ -212,13 +218,17 @@ class ProjectedAccumulation:
 
     def _active(self) -> Microbatch | None:
         """The microbatch at work: one being recorded, or one whose backward pass runs a checkpointed layer again."""
-        if self._recording or torch._C._current_graph_task_id() != -1:
-            return self._microbatch
-        return None
+        microbatch = self._microbatch
+        runs_again = microbatch is not None and microbatch.backward_runs and torch._C._current_graph_task_id() != -1
+        return microbatch if self._recording or runs_again else None
 
     def _read_shape(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._recording:
             self._microbatch.read_shape(args, kwargs)
+        elif (
+            self._microbatch is not None and torch._C._current_graph_task_id() == -1 and self._microbatch.backward_runs
+        ):
+            self._microbatch = None  # an exception broke its backward pass off
 
     def _enter(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         microbatch = self._active()
@@ -240,7 +250,13 @@ class ProjectedAccumulation:
     # Backward
 
     def _begin_backward(self, microbatch: Microbatch) -> None:
-        self._microbatch = microbatch
+        running, task = self._microbatch, torch._C._current_graph_task_id()
+        if running is not None and running.backward_runs and self._backward_task == task:
+            raise RuntimeError(
+                "One backward pass holds the losses of two microbatches. Call `backward` on each loss by itself: the "
+                "second is projected against what the first has accumulated."
+            )
+        self._microbatch, self._backward_task = microbatch, task
         microbatch.begin_backward()
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_backward, microbatch))
 

@@ -19,14 +19,25 @@ INSTRUCTION = (
 )
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_CALCULATOR = re.compile(r"<<.*?>>")
 _GOLD = re.compile(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)\s*$")
 
 
-def build_prompt(question: str, conversational: bool) -> Prompt:
-    """Puts a question as messages, the instruction in the system message, or as one string where there is no chat."""
+def build_prompt(question: str, conversational: bool, examples: Sequence[tuple[str, str]] = ()) -> Prompt:
+    """
+    Puts a question as messages, the instruction in the system message, or as one string where there is no chat.
+
+    `examples`, pairs of a question and its solution, come before it, as turns or in the string.
+    """
     if conversational:
-        return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
-    return f"{INSTRUCTION}\n\nQuestion: {question}\nAnswer:"
+        turns = [
+            {"role": role, "content": text}
+            for example in examples
+            for role, text in zip(("user", "assistant"), example, strict=True)
+        ]
+        return [{"role": "system", "content": INSTRUCTION}, *turns, {"role": "user", "content": question}]
+    solved = "".join(f"Question: {problem}\nAnswer: {solution}\n\n" for problem, solution in examples)
+    return f"{INSTRUCTION}\n\n{solved}Question: {question}\nAnswer:"
 
 
 def gold_answer(solution: str) -> str | None:
@@ -40,6 +51,7 @@ def load_gsm8k(
     dataset_config: str | None = "main",
     split: str = "train",
     conversational: bool = True,
+    examples: Sequence[tuple[str, str]] = (),
 ) -> Dataset:
     """
     Loads problems in the form of GSM8K: a column `question`, and a column `answer` that ends with `#### <number>`.
@@ -55,6 +67,8 @@ def load_gsm8k(
             The split to load. Slices such as `train[:90%]` work, except in a `save_to_disk` folder.
         conversational (`bool`):
             Whether prompts are lists of messages, for a tokenizer with a chat template, or strings.
+        examples (`Sequence[tuple[str, str]]`):
+            Questions and solutions to show before each problem, see [`solved_examples`].
 
     Returns:
         [`~datasets.Dataset`]:
@@ -64,6 +78,34 @@ def load_gsm8k(
         `FileNotFoundError`: The dataset is neither there nor on the Hub.
         `ValueError`: It has no such split, configuration or columns, or an answer that does not end as GSM8K's do.
     """
+    rows = _load_problems(dataset_name, dataset_config, split)
+    answers = [gold_answer(solution) for solution in rows["answer"]]
+    if None in answers:
+        row = answers.index(None)
+        raise ValueError(
+            f"Row {row} of dataset_name={dataset_name!r} (split {split!r}) has an answer that does not end with "
+            f"'#### <number>': {rows[row]['answer'][-80:]!r}. Every answer has to."
+        )
+    prompts = [build_prompt(question, conversational, examples) for question in rows["question"]]
+    return Dataset.from_dict({"prompt": prompts, "answer": answers})
+
+
+def solved_examples(
+    count: int, dataset_name: str = "openai/gsm8k", dataset_config: str | None = "main", split: str = "train"
+) -> list[tuple[str, str]]:
+    """
+    The first `count` problems of a split with their solutions, to show a model what is asked of it.
+
+    GSM8K's notes for a calculator, `<<48/2=24>>`, are left out.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: As [`load_gsm8k`].
+    """
+    rows = _load_problems(dataset_name, dataset_config, split).select(range(count))
+    return [(row["question"], _CALCULATOR.sub("", row["answer"])) for row in rows]
+
+
+def _load_problems(dataset_name: str, dataset_config: str | None, split: str) -> Dataset:
     try:
         rows = _load_split(dataset_name, dataset_config, split)
     except (FileNotFoundError, ConnectionError, DatasetNotFoundError) as error:
@@ -86,15 +128,7 @@ def load_gsm8k(
             f"dataset_name={dataset_name!r} lacks the column(s) {', '.join(missing)}; it has "
             f"{', '.join(rows.column_names)}. Rename its columns to question and answer."
         )
-    answers = [gold_answer(solution) for solution in rows["answer"]]
-    if None in answers:
-        row = answers.index(None)
-        raise ValueError(
-            f"Row {row} of dataset_name={dataset_name!r} (split {split!r}) has an answer that does not end with "
-            f"'#### <number>': {rows[row]['answer'][-80:]!r}. Every answer has to."
-        )
-    prompts = [build_prompt(question, conversational) for question in rows["question"]]
-    return Dataset.from_dict({"prompt": prompts, "answer": answers})
+    return rows
 
 
 def _load_split(dataset_name: str, dataset_config: str | None, split: str) -> Dataset:

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 from proma_trl import PROMAConfig, PROMATrainer
 from proma_trl.callbacks import ACCURACY, GreedyEvaluation, JSONLMetrics
-from proma_trl.data import drop_long_prompts, load_gsm8k
+from proma_trl.data import drop_long_prompts, load_gsm8k, solved_examples
 from proma_trl.rewards import accuracy_reward, format_reward
 
 Algorithm = Literal["proma", "reinforce", "grpo"]
@@ -51,6 +51,13 @@ class GSM8KArguments:
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Problems whose prompt has more tokens are not trained on."}
     )
+    num_examples: int = field(
+        default=0,
+        metadata={
+            "help": "Solved problems shown before each problem, the first of the training split, which are then not "
+            "trained on. Small models need one to know the form of an answer."
+        },
+    )
     format_reward_weight: float = field(
         default=0.0,
         metadata={
@@ -72,6 +79,8 @@ class GSM8KArguments:
     def __post_init__(self):
         if self.eval_every < 0:
             raise ValueError(f"eval_every={self.eval_every} is negative. Set it to 0 for no evaluation.")
+        if self.num_examples < 0:
+            raise ValueError(f"num_examples={self.num_examples} is negative. Set it to 0 for none.")
         if self.eval_samples is not None and self.eval_samples < 1:
             raise ValueError(f"eval_samples={self.eval_samples} is not positive. Leave it out to use all problems.")
 
@@ -142,10 +151,14 @@ def main(arguments: list[str]) -> None:
         padding_side="left",
     )
 
+    source = (args.dataset_name, args.dataset_config)
+    examples = solved_examples(args.num_examples, *source, args.dataset_train_split) if args.num_examples else ()
+
     def load(split):
-        return load_gsm8k(args.dataset_name, args.dataset_config, split, tokenizer.chat_template is not None)
+        return load_gsm8k(*source, split, tokenizer.chat_template is not None, examples)
 
     train_dataset = load(args.dataset_train_split)
+    train_dataset = train_dataset.select(range(args.num_examples, len(train_dataset)))
     if args.max_prompt_length is not None:
         train_dataset = drop_long_prompts(
             train_dataset, tokenizer, args.max_prompt_length, training_args.chat_template_kwargs

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from models import ARCHITECTURES, tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from proma_trl import ProjectedAccumulation, ProjectionSettings, register_rule
@@ -460,6 +460,115 @@ def test_a_backward_around_the_loss_is_refused():
         objective.sum().backward()
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_two_losses_in_one_backward_are_refused(k):
+    model = tiny_model("llama-untied")
+    accumulation = ProjectedAccumulation(model, microbatch_size=k)
+    losses = []
+    for seed in range(2):
+        ids, mask, weights, advantages = make_batch(k, seed)
+        with accumulation.capture():
+            objective = objectives(model, ids, mask, weights)
+        losses.append(accumulation.loss(objective, advantages))
+    with pytest.raises(RuntimeError, match="losses of two microbatches"):
+        sum(losses).backward()
+
+
+def test_captures_may_come_before_backwards():
+    model, batches = tiny_model("llama-untied"), make_batches("llama-untied", 4)
+    accumulation = ProjectedAccumulation(model, microbatch_size=4)
+    losses = []
+    for ids, mask, weights, advantages in batches:
+        with accumulation.capture():
+            objective = objectives(model, ids, mask, weights)
+        losses.append(accumulation.loss(objective, advantages))
+    for loss in losses:
+        loss.backward()
+    oracle.assert_close({name: p.grad for name, p in model.named_parameters()}, expected(model, batches))
+
+
+def test_a_layer_that_runs_before_the_model_is_an_error():
+    model = Shared()
+    accumulation = ProjectedAccumulation(model, microbatch_size=4)
+    with accumulation.capture():
+        output = model.twice(torch.randn(4, LENGTH, 16))
+    with pytest.raises((ValueError, RuntimeError), match="No forward pass was captured"):
+        accumulation.loss(output.sum((1, 2)), torch.ones(4))
+    with pytest.raises(ValueError, match=r"`embedding` ran inside `capture\(\)` before"), accumulation.capture():
+        model.embedding(torch.ones(4, LENGTH, dtype=torch.long))
+
+
+def test_virtual_tokens_are_an_error():
+    model = get_peft_model(
+        tiny_model("llama-untied"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2)
+    )
+    with pytest.raises(ValueError, match="can't be told apart"):
+        accumulate(model, make_batches("llama-untied", 4))
+
+
+def test_ordinary_backward_passes_beside_a_captured_one():
+    """With checkpointing, whose recomputation must not be taken for the captured microbatch's."""
+    model, batches = tiny_model("llama-untied"), make_batches("llama-untied", 4)
+    want, _ = accumulate(model, batches[:1])
+    want = {name: grad.clone() for name, grad in want.items()}
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    accumulation = ProjectedAccumulation(model, microbatch_size=4)
+    ordinary = objectives(model, *batches[1][:3]).sum()
+    ids, mask, weights, advantages = batches[0]
+    with accumulation.capture():
+        objective = objectives(model, ids, mask, weights)
+    loss = accumulation.loss(objective, advantages)
+    ordinary.backward()
+    model.zero_grad()
+    loss.backward()
+    for name, param in model.named_parameters():
+        assert torch.equal(param.grad, want[name]), name
+
+
+def test_an_alias_of_a_parameter_is_no_obstacle():
+    """As in BERT's head, whose bias is its decoder's."""
+
+    class Aliased(Shared):
+        def __init__(self):
+            super().__init__()
+            self.alias = nn.Module()
+            self.alias.bias = self.twice.bias
+
+    torch.manual_seed(0)
+    model, batches = Aliased(), make_batches("", 4)
+    found, _ = accumulate(model, batches)
+    want = expected(model, batches)
+    oracle.assert_close(
+        {n: g for n, g in found.items() if "unused" not in n}, {n: g for n, g in want.items() if "unused" not in n}
+    )
+
+
+class PickedPositions(nn.Embedding):
+    """Whisper's: rows picked by their index."""
+
+    def forward(self, input_ids, position_ids):
+        return self.weight[position_ids]
+
+
+def test_positions_picked_by_index():
+    class Positions(Shared):
+        def __init__(self):
+            super().__init__()
+            self.positions = PickedPositions(32, 16)
+
+        def forward(self, input_ids, attention_mask=None):
+            hidden = self.embedding(input_ids) + self.positions(input_ids, torch.arange(LENGTH)[None])
+            return type("Output", (), {"logits": self.head(self.norm(self.twice(hidden)))})
+
+    torch.manual_seed(0)
+    model, batches = Positions(), make_batches("", 4)
+    found, _ = accumulate(model, batches)
+    want = expected(model, batches)
+    names = [n for n in want if "unused" not in n]
+    oracle.assert_close({n: found[n] for n in names}, {n: want[n] for n in names})
+
+
 def test_shapes_are_checked():
     model = tiny_model("llama-untied")
     accumulation = ProjectedAccumulation(model, microbatch_size=4)
@@ -506,6 +615,8 @@ def test_a_backward_pass_that_failed_leaves_no_trace():
     with pytest.raises(KeyboardInterrupt):
         accumulation.loss(objective, advantages).backward()
     handle.remove()
+    model.zero_grad()
+    objectives(model, ids, mask, weights).sum().backward()
     model.zero_grad()
     for ids, mask, weights, advantages in batches:
         with accumulation.capture():

@@ -10,6 +10,7 @@ from proma_trl.data import (
     drop_long_prompts,
     gold_answer,
     load_gsm8k,
+    solved_examples,
     tokenize_prompts,
 )
 
@@ -133,3 +134,13 @@ def test_long_prompts_are_dropped(folder, caplog):
     assert "Dropped 1 of 2 problems" in caplog.text
     with pytest.raises(ValueError, match=rf"leaves no problem: the shortest prompt has {lengths[0]} tokens\. Raise"):
         drop_long_prompts(dataset, tokenizer, lengths[0] - 1)
+
+
+def test_solved_examples_come_before_the_problem(folder):
+    examples = solved_examples(1, folder)
+    assert examples[0][0] == TRAIN[0]["question"] and "<<" not in examples[0][1]
+    messages = load_gsm8k(folder, split="test", examples=examples)[0]["prompt"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+    assert messages[1]["content"] == examples[0][0] and messages[2]["content"] == examples[0][1]
+    text = load_gsm8k(folder, split="test", conversational=False, examples=examples)[0]["prompt"]
+    assert text.index(examples[0][1]) < text.rindex("Question:") and text.endswith("\nAnswer:")

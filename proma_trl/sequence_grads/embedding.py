@@ -33,6 +33,10 @@ class LookupMode(TorchFunctionMode):
             ids, weight, padding_idx = _embedding_arguments(*args, **kwargs)
             if weight is self.weight:
                 return self.lookup(ids, weight, padding_idx)
+        elif func is torch.Tensor.__getitem__ and args[0] is self.weight:
+            # Whisper's positions: rows picked by their index
+            rows = torch.arange(len(self.weight), device=self.weight.device)[args[1]]
+            return self.lookup(rows, self.weight, None)
         return func(*args, **kwargs)
 
 

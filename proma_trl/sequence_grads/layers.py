@@ -46,6 +46,11 @@ def by_sequence(sink: Sink, tensor: torch.Tensor, name: str) -> torch.Tensor:
         ValueError: If the tensor's shape does not tell which sequence an entry belongs to.
     """
     k, length = sink.num_sequences, sink.num_tokens
+    if k == 0:
+        raise ValueError(
+            f"`{name}` ran inside `capture()` before the model that was given to `ProjectedAccumulation` did, so that "
+            "the number of sequences is unknown. Call it outside, or within the model's forward pass."
+        )
     if tensor.dim() >= 2 and length is not None and tensor.shape[0] == k * length and (tensor.dim() == 2 or k > 1):
         return tensor.view(k, length, *tensor.shape[1:])
     if tensor.shape[:1] == (k,) and (tensor.dim() > 2 or length in (None, 1)):
@@ -170,10 +175,10 @@ class _EmbeddingLayer(Layer):
         if ids.dim() >= 2 and ids.shape[0] == k and (length is None or ids.shape[1] == length):
             return ids
         # Positions come once for all sequences
-        if ids.dim() == 1 and (length is None or len(ids) == length):
-            return ids.expand(k, -1) if length is not None or len(ids) != k else ids.unsqueeze(1)
-        if ids.dim() == 2 and ids.shape[0] == 1:
+        if length is not None and ids.shape in ((length,), (1, length)):
             return ids.expand(k, -1)
+        if length is None and ids.dim() == 1 and len(ids) == k:
+            return ids
         return by_sequence(sink, ids.unsqueeze(-1), self.name).squeeze(-1)
 
 

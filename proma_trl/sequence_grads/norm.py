@@ -1,6 +1,6 @@
 """Normalization layers.
 
-PyTorch's own have a rule. The many of transformers (`weight`, `1 + weight`, biases, per-head ones, fused with a gate)
+PyTorch's own have a rule. The many of transformers (`weight`, `1 + weight`, biases, per-head ones)
 need none: they multiply by their parameters, so that a parameter expanded to one copy a sequence broadcasts against
 `(k, T, ...)`, and autograd gives each copy its sequence's gradient. Whether a class is of this kind is tried out, not
 guessed.
