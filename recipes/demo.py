@@ -31,12 +31,12 @@ from proma_trl.data import build_prompt
 
 RECIPES = Path(__file__).parent
 WARM_START, TRAIN, HELD_OUT = 8000, 4000, 300
-STEPS_SHOWN = 0.45  # the share of the warm start's solutions that show their steps
+STEPS_SHOWN = 0.35  # the share of the warm start's solutions that show their steps
 REQUIRED_RISE = 0.10
 
 NAMES = ["Ann", "Ben", "Carla", "Dev", "Emma", "Finn", "Grace", "Hugo", "Iris", "Jack", "Kim", "Liam"]
 THINGS = ["apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "pencils", "shells", "stamps"]
-LARGEST_NUMBER = 30
+LARGEST_NUMBER = 20
 
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|unk|>", "<|user|>", "<|assistant|>"]
 # The policy reads the question alone: its instruction would be the same for every problem.
@@ -50,13 +50,13 @@ CHAT_TEMPLATE = (
 
 
 def make_problem(rng: random.Random) -> dict[str, str]:
-    """Returns a word problem in the form of GSM8K, whose answer shows three steps and ends with `#### <number>`."""
+    """Returns a word problem in the form of GSM8K, whose answer shows four steps and ends with `#### <number>`."""
     name, friend = rng.sample(NAMES, 2)
     things = rng.choice(THINGS)
     total = rng.randint(2, 9)
     sentences, steps = [f"{name} has {total} {things}."], []
-    while len(steps) < 3:
-        amount = rng.randint(2, 9)
+    while len(steps) < 4:
+        amount = rng.randint(2, 6)
         sentence, operation, result = rng.choice(
             [
                 (f"{friend} brings {amount} more.", f"+ {amount}", total + amount),
@@ -147,7 +147,7 @@ def warm_start(problems: list[dict[str, str]], folder: Path, seed: int) -> None:
         model=policy,
         args=SFTConfig(
             output_dir=str(folder),
-            num_train_epochs=3,
+            num_train_epochs=2.5,
             per_device_train_batch_size=64,
             learning_rate=3e-3,
             lr_scheduler_type="cosine",

@@ -24,7 +24,7 @@ def problems():
 def test_problems_are_solved_by_their_steps(problems):
     for problem in problems:
         *steps, final = problem["answer"].splitlines()
-        assert len(steps) == 3
+        assert len(steps) == 4
         total = int(re.search(r"has (\d+)", problem["question"]).group(1))
         for step in steps:
             left, operation, right, result = re.fullmatch(r"(\d+) ([-+*]) (\d+) = (\d+)", step).groups()
