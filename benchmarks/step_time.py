@@ -35,14 +35,15 @@ def make_trainer(trainer_class, config_class, arguments, length, folder, **kwarg
         unk_token="token2",
     )
     torch.manual_seed(0)
+    heads = arguments.hidden // 64
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=arguments.vocabulary,
             hidden_size=arguments.hidden,
             intermediate_size=3 * arguments.hidden,
             num_hidden_layers=arguments.layers,
-            num_attention_heads=arguments.hidden // 64,
-            num_key_value_heads=max(1, arguments.hidden // 128),
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
             head_dim=64,
             tie_word_embeddings=True,
         )
@@ -75,16 +76,17 @@ def make_trainer(trainer_class, config_class, arguments, length, folder, **kwarg
 
 
 def make_inputs(arguments, length, seed):
-    """A microbatch as TRL's loss takes it: half of its tokens are the prompt's, and completions end at will."""
+    """A microbatch as TRL's loss takes it: a prompt, and a completion that ends anywhere in its second half."""
     generator = torch.Generator().manual_seed(seed)
-    k, half = arguments.sequences, length // 2
+    k, prompt = arguments.sequences, max(1, round(arguments.prompt * length))
+    completion = length - prompt
     ids = torch.randint(3, arguments.vocabulary, (k, length), generator=generator)
-    ends = torch.randint(half // 2, length - half + 1, (k, 1), generator=generator)
-    mask = (torch.arange(length - half) < ends).long()
+    ends = torch.randint(completion // 2, completion + 1, (k, 1), generator=generator)
+    mask = (torch.arange(completion) < ends).long()
     inputs = {
-        "prompt_ids": ids[:, :half],
-        "prompt_mask": torch.ones(k, half, dtype=torch.long),
-        "completion_ids": ids[:, half:],
+        "prompt_ids": ids[:, :prompt],
+        "prompt_mask": torch.ones(k, prompt, dtype=torch.long),
+        "completion_ids": ids[:, prompt:],
         "completion_mask": mask,
         "advantages": torch.randn(k, generator=generator),
         "num_items_in_batch": mask.sum() * arguments.microbatches,
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512], help="tokens a sequence, T")
+    parser.add_argument("--prompt", type=float, default=0.5, help="part of the tokens that is the prompt's")
     parser.add_argument("--sequences", type=int, default=8, help="sequences a microbatch, k")
     parser.add_argument("--microbatches", type=int, default=4, help="microbatches an optimizer step")
     parser.add_argument("--projection", default="iterative", choices=["iterative", "exact", "none"])
