@@ -113,7 +113,8 @@ def step(trainer, microbatches, device):
     return elapsed, torch.cuda.max_memory_allocated() if device == "cuda" else 0
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this benchmark and of `memory.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
@@ -129,8 +130,21 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
+    return parser
 
+
+def write(arguments: argparse.Namespace, results: list[dict]) -> None:
+    """Write settings, environment and results to `arguments.output`, if it is set."""
+    if arguments.output is not None:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+        environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        arguments.output.write_text(
+            json.dumps({"settings": settings, "environment": environment, "results": results}, indent=2) + "\n"
+        )
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
     results = []
     print(f"{'T':>6} {'GRPO s':>9} {'PROMA s':>9} {'ratio':>7} {'GRPO GiB':>9} {'PROMA GiB':>9}")
     for length in arguments.lengths:
@@ -168,12 +182,7 @@ def main() -> None:
             f"{peaks['grpo'] / 2**30:>9.2f} {peaks['proma'] / 2**30:>9.2f}",
             flush=True,
         )
-    if arguments.output is not None:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        arguments.output.write_text(
-            json.dumps({"settings": settings, "environment": environment, "results": results}, indent=2) + "\n"
-        )
+    write(arguments, results)
 
 
 if __name__ == "__main__":

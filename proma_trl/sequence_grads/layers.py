@@ -63,6 +63,12 @@ def by_sequence(sink: Sink, tensor: torch.Tensor, name: str) -> torch.Tensor:
     )
 
 
+def _as_multiplied(tensor: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """An input as autocast cast it for the layer's product: half the memory, and on CUDA its fast products."""
+    lower = tensor.dtype == torch.float32 and output.dtype in (torch.bfloat16, torch.float16)
+    return tensor.to(output.dtype) if lower else tensor
+
+
 def _alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory without being a view to autograd, so that models may go on to write to it in place."""
     return tensor.detach()
@@ -105,7 +111,7 @@ class _RuleLayer(Layer):
     def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
         if not isinstance(output, torch.Tensor):
             raise TypeError(f"`{self.name}` has a rule, so its output must be one tensor, got {type(output)}.")
-        inputs = [x.detach() for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        inputs = [_as_multiplied(x.detach(), output) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         return _Rule.apply(output, self, sink, len(inputs), *inputs, *self.params.values())
 
     def grads(
