@@ -22,7 +22,7 @@ from torch import nn
 
 from .projection import ProjectionSettings, Solution, rank_tolerance, solve
 from .sequence_grads.factored import Dense, Rows, SequenceGrads, sum_dtype
-from .sequence_grads.layers import Layer, layer_for
+from .sequence_grads.layers import ONE_SEQUENCE, Layer, layer_for
 
 _GIB = 2**30
 
@@ -207,9 +207,8 @@ class ProjectedAccumulation:
             raise ValueError(
                 "PROMA needs the gradient of each sequence in a microbatch, and some layers that hold trainable "
                 f"parameters don't yield it:\n{shown}{more}\nEither register a rule for the layer's class "
-                "(`proma_trl.register_rule`, one small function), or train with one sequence a microbatch, which "
-                "works with every layer (`per_device_train_batch_size=1` in a trainer, `microbatch_size=1` here), or "
-                "freeze those parameters."
+                f"(`proma_trl.register_rule`, one small function), or train with {ONE_SEQUENCE}, or freeze those "
+                "parameters."
             )
         for param in self._names:
             self._handles.append(param.register_hook(partial(self._check_emitted, param)))
@@ -278,13 +277,13 @@ class ProjectedAccumulation:
         with torch.no_grad(), torch.autocast(param.device.type, enabled=False):
             advantages = microbatch.advantages.to(param.device)
             if param.grad is None or not self.settings.removes:
-                emission = parts[0].combine(advantages)
-                for part in parts[1:]:
-                    emission += part.combine(advantages)
+                emission = _combine(parts, advantages)
             else:
                 emission, solution = self._project(param, parts, advantages)
                 microbatch.solutions.append(solution)
-            return emission.to(param.dtype).view_as(param)
+            emission = emission.to(param.dtype).view_as(param)
+        microbatch.emitted[param] = emission.data_ptr()
+        return emission
 
     def _project(
         self, param: nn.Parameter, parts: list[SequenceGrads], advantages: torch.Tensor
@@ -312,8 +311,9 @@ class ProjectedAccumulation:
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             grads = self._dense(parts, (k, stop - start, *acc.shape[1:]), acc.device, dtype, start)
-            gram += _gram(grads.to(gram_dtype))
-            overlaps += grads.to(gram_dtype) @ acc[start:stop].flatten().to(gram_dtype)
+            factors = grads.to(gram_dtype)
+            gram += _gram(factors)
+            overlaps += factors @ acc[start:stop].flatten().to(gram_dtype)
 
         wide = torch.float32 if acc.device.type == "mps" else torch.float64
         solution = solve(
@@ -328,9 +328,7 @@ class ProjectedAccumulation:
         if step == rows:
             emission = (coefficients @ grads).view_as(acc)
         else:
-            emission = parts[0].combine(coefficients)
-            for part in parts[1:]:
-                emission += part.combine(coefficients)
+            emission = _combine(parts, coefficients)
         if compacted is not None:
             emission = torch.zeros_like(full, dtype=dtype).index_add_(0, compacted, emission)
         return emission, (solution, acc_sq)
@@ -373,9 +371,7 @@ class ProjectedAccumulation:
                 '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
             )
         microbatch.parts[param].append(Dense(grad.reshape(1, *(grad.shape or (1,)))))
-        emission = self._emission(microbatch, param)
-        microbatch.emitted[param] = emission.data_ptr()
-        return emission
+        return self._emission(microbatch, param)
 
     def _check_emitted(self, param: nn.Parameter, grad: torch.Tensor | None) -> None:
         """Leaf hook: a gradient that didn't come from the recorded uses of a parameter would escape the projection."""
@@ -385,8 +381,7 @@ class ProjectedAccumulation:
         if microbatch.emitted.get(param) != grad.data_ptr():
             raise RuntimeError(
                 f"`{self._names[param]}` is used outside the forward pass of the layer that holds it, where its "
-                "sequence gradients can't be seen. Train with one sequence a microbatch, which works with every layer "
-                "(`per_device_train_batch_size=1` in a trainer, `microbatch_size=1` here), or freeze it."
+                f"sequence gradients can't be seen. Train with {ONE_SEQUENCE}, or freeze it."
             )
 
 
@@ -465,9 +460,7 @@ class Microbatch:
         self.remaining[param] -= 1
         if self.remaining[param] > 0:
             return None
-        emission = self._accumulation()._emission(self, param)
-        self.emitted[param] = emission.data_ptr()
-        return emission
+        return self._accumulation()._emission(self, param)
 
 
 class _Seed(torch.autograd.Function):
@@ -483,6 +476,14 @@ class _Seed(torch.autograd.Function):
         microbatch = ctx.microbatch
         microbatch._accumulation()._begin_backward(microbatch)
         return grad_output.expand(ctx.shape), None, None
+
+
+def _combine(parts: list[SequenceGrads], coefficients: torch.Tensor) -> torch.Tensor:
+    """`sum_i coefficients_i s_i` over all uses of a parameter."""
+    total = parts[0].combine(coefficients)
+    for part in parts[1:]:
+        total += part.combine(coefficients)
+    return total
 
 
 def _gram(grads: torch.Tensor) -> torch.Tensor:

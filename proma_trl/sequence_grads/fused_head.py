@@ -27,7 +27,7 @@ _KERNEL_ARGUMENTS = (
 
 
 class HeadSink(Sink, Protocol):
-    """A [`HeadSink`] that also says how to hold the sequence gradients of the largest tensor of all."""
+    """A [`Sink`] that also says how to hold the sequence gradients of the largest tensor of all."""
 
     def head_form(self, param: nn.Parameter, num_positions: int) -> str:
         """`"dense"`, `"factors"` or `"recompute"`, for `num_positions` scored positions a sequence."""

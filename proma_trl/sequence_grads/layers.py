@@ -18,6 +18,12 @@ from .factored import Dense, SequenceGrads
 from .norm import broadcasts_parameters
 from .registry import Rule, rule_for
 
+# The way out of every error about a layer's sequence gradients
+ONE_SEQUENCE = (
+    "one sequence a microbatch, which works with every layer (`per_device_train_batch_size=1` in a trainer, "
+    "`microbatch_size=1` here)"
+)
+
 
 class Sink(Protocol):
     """
@@ -57,9 +63,8 @@ def by_sequence(sink: Sink, tensor: torch.Tensor, name: str) -> torch.Tensor:
         return tensor
     raise ValueError(
         f"`{name}` ran on a tensor of shape {tuple(tensor.shape)}, in which the {k} sequences"
-        f"{'' if length is None else f' of {length} tokens'} can't be told apart. Train with one sequence a "
-        "microbatch, which works with every layer (`per_device_train_batch_size=1` in a trainer, "
-        "`microbatch_size=1` here), or freeze its parameters."
+        f"{'' if length is None else f' of {length} tokens'} can't be told apart. Train with {ONE_SEQUENCE}, "
+        "or freeze its parameters."
     )
 
 
