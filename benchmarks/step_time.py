@@ -25,8 +25,8 @@ from trl import GRPOConfig, GRPOTrainer
 from proma_trl import PROMAConfig, PROMATrainer
 
 
-def make_trainer(trainer_class, config_class, arguments, length, folder, **kwargs):
-    """A trainer of a random Qwen3 with a tied embedding."""
+def make_trainer(trainer_class, config_class, arguments, length, folder, prepare=True, **kwargs):
+    """A trainer of a random Qwen3 with a tied embedding, ready for steps if `prepare`, else for `train()`."""
     vocabulary = {f"token{i}": i for i in range(8)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="token2")),
@@ -68,6 +68,8 @@ def make_trainer(trainer_class, config_class, arguments, length, folder, **kwarg
         Dataset.from_dict({"prompt": ["token3"] * 8}),
         processing_class=tokenizer,
     )
+    if not prepare:
+        return trainer
     trainer.create_optimizer()
     trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.current_gradient_accumulation_steps = arguments.microbatches

@@ -18,13 +18,22 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from .distributed import SCOPES, Gradients, Scope, gradients_for, is_distributed, scope_for
 from .projection import ProjectionSettings, Solution, rank_tolerance, solve
 from .sequence_grads.factored import Dense, Rows, SequenceGrads, sum_dtype
-from .sequence_grads.layers import ONE_SEQUENCE, Layer, layer_for
+from .sequence_grads.layers import ONE_SEQUENCE, Layer, WholeLayer, layer_for
+from .sequence_grads.probe import whole_shape
 
 _GIB = 2**30
+
+_SHARDED = (
+    "`{}` is used while FSDP holds it in shards, where its sequences' gradients can't be seen. Shard it together with "
+    "the modules that run it (`fully_shard` on the whole model), or freeze it."
+)
 
 # Elements of k sequence gradients up to which the exact projection sums in float64 (8 MiB)
 _SMALL = 2**20
@@ -46,6 +55,15 @@ class ProjectedAccumulation:
             Largest number of sequences in a microbatch. With `1`, every architecture works.
         memory_budget (`float`, defaults to `0.5`):
             GiB that the sequence gradients of one parameter may take; larger ones are worked on in parts.
+        accelerator (`Accelerator`, *optional*):
+            What prepares the model. Its `sync_gradients` says where an accumulation ends. Needed with DeepSpeed and
+            with a global scope; without it, gradients must accumulate in `param.grad`, as they do on one device, under
+            DDP's `no_sync` and under FSDP2's `set_requires_gradient_sync(False)`.
+        scope (`str`, defaults to `"local"`):
+            `"local"`: each rank projects its own accumulation off its own sequences. `"global"`: all ranks together
+            do what one rank would do whose microbatch were the union of theirs.
+        accumulator_dtype (`torch.dtype`, defaults to `torch.float32`):
+            What a rank's own accumulation is kept in where the backend does not keep it: ZeRO-2, ZeRO-3.
 
     Raises:
         ValueError: If `microbatch_size > 1` and a layer that holds trainable parameters has no rule.
@@ -70,21 +88,34 @@ class ProjectedAccumulation:
         *,
         microbatch_size: int,
         memory_budget: float = 0.5,
+        accelerator: Accelerator | None = None,
+        scope: str = "local",
+        accumulator_dtype: torch.dtype = torch.float32,
     ):
         if microbatch_size < 1:
             raise ValueError(f"`microbatch_size` must be at least 1, got {microbatch_size}.")
         if not memory_budget > 0:
             raise ValueError(f"`memory_budget` must be a positive number of GiB, got {memory_budget}.")
+        if scope not in SCOPES:
+            raise ValueError(f"`scope` must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
+        if scope == "global" and accelerator is None:
+            raise ValueError('`scope="global"` needs the `accelerator`, which says where an accumulation ends.')
         self.model = model
         self.settings = settings or ProjectionSettings()
+        self.accelerator = accelerator
+        self.scope = scope
+        self.accumulator_dtype = accumulator_dtype
         self.microbatch_size = microbatch_size
         self.memory_budget = memory_budget
         self._microbatch: Microbatch | None = None
         self._recording = False
         self._backward_task = -1
         self._handles: list = []
-        self._trainable: tuple[bool, ...] = ()
-        self._names: dict[nn.Parameter, str] = {}
+        self._layers: list[Layer] = []
+        self._hooked: dict[nn.Parameter, str] = {}
+        self._trainable: dict[str, bool] = {}
+        self._gradients: Gradients | None = None
+        self._scope: Scope | None = None
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
         self._statistics: list[torch.Tensor] = []
         self._attach()
@@ -94,6 +125,14 @@ class ProjectedAccumulation:
         """Record the forward pass of a microbatch. The loss and `backward` come after it."""
         if self._trainable != self._signature():
             self._attach()
+        elif not self._innermost():
+            self._hook()
+        if self._scope is None:
+            # Only now, as `accelerator.prepare` may wrap and shard what was given to the constructor
+            self._gradients = gradients_for(self.model, self.accelerator)
+            self._scope = scope_for(
+                self.scope, self._gradients, self.accelerator, self.microbatch_size, self.accumulator_dtype
+            )
         self._microbatch = Microbatch(self)
         self._recording = True
         try:
@@ -134,6 +173,7 @@ class ProjectedAccumulation:
             raise ValueError(f"`advantages` must hold one number for each of {k} sequences, got {advantages.shape}.")
         if objective.shape not in ((k,), ()):
             raise ValueError(f"`objective` must have shape ({k},) or be a scalar, got {objective.shape}.")
+        self._hook_leaves()
         microbatch.advantages = advantages.detach()
         if value is None:
             if objective.dim() == 0:
@@ -159,49 +199,49 @@ class ProjectedAccumulation:
 
     def detach(self) -> None:
         """Remove all hooks: `backward` is ordinary again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._unhook()
+        self._layers.clear()
         self._scratch.clear()
         self._microbatch = None
-        self._trainable = ()
+        self._trainable = {}
+        self._gradients = self._scope = None
 
-    def _signature(self) -> tuple[bool, ...]:
-        return tuple(param.requires_grad for param in self.model.parameters())
+    def _signature(self) -> dict[str, bool]:
+        # By name, as FSDP exchanges the parameters themselves, and may hold a tied one twice
+        return {name: param.requires_grad for name, param in self.model.named_parameters(remove_duplicate=False)}
 
     def _attach(self) -> None:
         previous = _FOLLOWED.get(self.model, lambda: None)()
-        if previous is not None:
+        if previous is not None and previous is not self:
             previous.detach()
-        self.detach()
+        self._unhook()
+        self._layers = self._plan()
         _FOLLOWED[self.model] = weakref.ref(self)
         self._trainable = self._signature()
-        self._names = {param: name for name, param in self.model.named_parameters() if param.requires_grad}
-        self._handles.append(self.model.register_forward_pre_hook(self._read_shape, with_kwargs=True))
-        if self.microbatch_size == 1:
-            for param in self._names:
-                self._handles.append(param.register_hook(partial(self._project_whole, param)))
-            return
+        self._hook()
+
+    def _plan(self) -> list[Layer]:
+        """How each layer with trainable parameters is followed."""
+        layers: list[Layer] = []
         followed: set[nn.Parameter] = set()
         without_rule = []
         for name, module in self.model.named_modules():
             params = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
             if not params:
                 continue
-            layer = layer_for(name, module, params)
+            if self.microbatch_size == 1:
+                layers.append(WholeLayer(name, module, tuple(params)))
+                continue
+            layer = layer_for(name, module, tuple(params))
             if isinstance(layer, str):
                 line = f"`{name or 'the model itself'}` ({type(module).__name__}): {layer}"
                 without_rule.append((params, line))
             else:
                 followed.update(params.values())
-                self._handles.append(module.register_forward_pre_hook(partial(self._enter, layer), with_kwargs=True))
-                self._handles.append(
-                    module.register_forward_hook(partial(self._leave, layer), with_kwargs=True, always_call=True)
-                )
+                layers.append(layer)
         # A module may hold but an alias of a parameter that another layer works with
         refused = [line for params, line in without_rule if not followed.issuperset(params.values())]
         if refused:
-            self.detach()
             shown = "\n".join(f"  - {line}" for line in refused[:8])
             more = f"\n  - and {len(refused) - 8} more" if len(refused) > 8 else ""
             raise ValueError(
@@ -210,8 +250,41 @@ class ProjectedAccumulation:
                 f"(`proma_trl.register_rule`, one small function), or train with {ONE_SEQUENCE}, or freeze those "
                 "parameters."
             )
-        for param in self._names:
-            self._handles.append(param.register_hook(partial(self._check_emitted, param)))
+        return layers
+
+    def _hook(self) -> None:
+        """Register all hooks, inside those that others have registered: ZeRO-3's, which gather and free weights."""
+        self._unhook()
+        self._handles.append(self.model.register_forward_pre_hook(self._read_shape, with_kwargs=True))
+        for layer in self._layers:
+            layer.handles = (
+                layer.module.register_forward_pre_hook(partial(self._enter, layer), with_kwargs=True),
+                layer.module.register_forward_hook(
+                    partial(self._leave, layer), with_kwargs=True, always_call=True, prepend=True
+                ),
+            )
+            self._handles += layer.handles
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._hooked.clear()
+
+    def _innermost(self) -> bool:
+        return all(
+            next(reversed(layer.module._forward_pre_hooks), None) == layer.handles[0].id
+            and next(iter(layer.module._forward_hooks), None) == layer.handles[1].id
+            for layer in self._layers
+        )
+
+    def _hook_leaves(self) -> None:
+        """Hook onto what autograd will give the parameters."""
+        hook = self._project_whole if self.microbatch_size == 1 else self._check_emitted
+        for name, leaf in self._gradients.leaves():
+            if leaf not in self._hooked:
+                self._hooked[leaf] = name
+                self._handles.append(leaf.register_hook(partial(hook, leaf)))
 
     # Forward
 
@@ -256,13 +329,20 @@ class ProjectedAccumulation:
                 "second is projected against what the first has accumulated."
             )
         self._microbatch, self._backward_task = microbatch, task
+        self._scope.begin(microbatch.advantages)
         microbatch.begin_backward()
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_backward, microbatch))
 
     def _end_backward(self, microbatch: Microbatch) -> None:
         # Parameters with a use that took no part in the loss: autograd is through, so add their gradient here
         for param in [param for param, parts in microbatch.parts.items() if parts]:
-            emission = self._emission(microbatch, param)
+            if is_distributed():
+                raise RuntimeError(
+                    f"A use of `{self._hooked.get(param, 'a parameter')}` in the forward pass has no part in the "
+                    "loss, so that its gradient is complete too late to be reduced over ranks. Leave the unused layer "
+                    f"out of the forward pass, freeze it, or train with {ONE_SEQUENCE}."
+                )
+            emission = self._emission(microbatch, param, param)
             param.grad = emission if param.grad is None else param.grad.add_(emission)
         if microbatch.solutions:
             self._statistics.append(_summarize(microbatch.solutions))
@@ -270,67 +350,81 @@ class ProjectedAccumulation:
         microbatch.emitted.clear()
         microbatch.backward_runs = False
         self._microbatch = None
+        if self.accelerator is not None and self.accelerator.sync_gradients:
+            self._scope.end()
 
-    def _emission(self, microbatch: Microbatch, param: nn.Parameter) -> torch.Tensor:
-        """`sum_i c_i s_i`, shaped and typed as the parameter, from all uses of it that were received."""
+    def _emission(self, microbatch: Microbatch, leaf: nn.Parameter, param: nn.Parameter) -> torch.Tensor:
+        """`sum_i c_i s_i` from all uses of `param` that were received, typed as `leaf`, which autograd hands it to."""
         parts = microbatch.parts.pop(param)
-        with torch.no_grad(), torch.autocast(param.device.type, enabled=False):
-            advantages = microbatch.advantages.to(param.device)
-            if param.grad is None or not self.settings.removes:
-                emission = _combine(parts, advantages)
-            else:
-                emission, solution = self._project(param, parts, advantages)
+        with torch.no_grad(), torch.autocast(leaf.device.type, enabled=False):
+            if self.settings.removes and self._scope.holds(param):
+                emission, solution = self._project(leaf, param, parts, microbatch.num_sequences)
                 microbatch.solutions.append(solution)
-            emission = emission.to(param.dtype).view_as(param)
+            else:
+                emission = _combine(parts, microbatch.advantages.to(leaf.device))
+            emission = emission.to(leaf.dtype).view(whole_shape(param))
+            self._scope.add(param, emission, self._ranges(leaf, param))
         microbatch.emitted[param] = emission.data_ptr()
         return emission
 
-    def _project(
-        self, param: nn.Parameter, parts: list[SequenceGrads], advantages: torch.Tensor
-    ) -> tuple[torch.Tensor, tuple[Solution, torch.Tensor]]:
-        dtype = sum_dtype(param)
-        acc = param.grad.view(param.shape or (1,))
-        acc_sq = torch.linalg.vector_norm(acc, dtype=dtype).square()
-        compacted = None
-        if all(isinstance(part, Rows) for part in parts) and parts[0].indices.numel() * len(parts) < len(acc):
-            merged = Rows(
-                torch.cat([part.indices for part in parts], 1), torch.cat([part.values for part in parts], 1), len(acc)
-            )
-            part, compacted = merged.compact()
-            parts, full, acc = [part], acc, acc.index_select(0, compacted)
+    def _ranges(self, leaf: nn.Parameter, param: nn.Parameter) -> list[tuple[int, int]]:
+        """Ranges of rows whose sequence gradients fit the memory budget."""
+        shape = whole_shape(param) or (1,)
+        row_bytes = self.microbatch_size * math.prod(shape[1:]) * sum_dtype(leaf).itemsize
+        step = max(1, int(self.memory_budget * _GIB) // max(1, row_bytes))
+        return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
-        k, rows = len(advantages), len(acc)
-        row_bytes = k * acc[0].numel() * dtype.itemsize
-        step = min(rows, max(1, int(self.memory_budget * _GIB) // max(1, row_bytes)))
+    def _project(
+        self, leaf: nn.Parameter, param: nn.Parameter, parts: list[SequenceGrads], k: int
+    ) -> tuple[torch.Tensor, tuple[Solution, torch.Tensor]]:
+        scope, dtype, device = self._scope, sum_dtype(leaf), leaf.device
+        shape = whole_shape(param) or (1,)
+        acc = scope.local(param)
+        compacted, ranges = None, self._ranges(leaf, param)
+        if acc is not None:
+            acc = acc.view(shape)
+            if all(isinstance(part, Rows) for part in parts) and parts[0].indices.numel() * len(parts) < shape[0]:
+                merged = Rows(
+                    torch.cat([part.indices for part in parts], 1),
+                    torch.cat([part.values for part in parts], 1),
+                    shape[0],
+                )
+                part, compacted = merged.compact()
+                parts, acc = [part], acc.index_select(0, compacted)
+                step = ranges[0][1]
+                ranges = [(start, min(start + step, len(acc))) for start in range(0, len(acc), step)]
+
         # The exact projection inverts the Gram matrix, whose condition is the square of the sequences'. Float64 makes
         # up for that where it costs nothing and matters: k gradients of a small tensor can nearly be dependent.
-        small = self.settings.method == "exact" and k * acc.numel() <= _SMALL and acc.device.type != "mps"
+        small = self.settings.method == "exact" and k * math.prod(shape) <= _SMALL and device.type != "mps"
         gram_dtype = torch.float64 if small else dtype
-        gram = acc.new_zeros((k, k), dtype=gram_dtype)
-        overlaps = acc.new_zeros(k, dtype=gram_dtype)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            grads = self._dense(parts, (k, stop - start, *acc.shape[1:]), acc.device, dtype, start)
-            factors = grads.to(gram_dtype)
-            gram += _gram(factors)
-            overlaps += factors @ acc[start:stop].flatten().to(gram_dtype)
+        n = len(scope.advantages)
+        gram = torch.zeros((n, n), dtype=gram_dtype, device=device)
+        overlaps = torch.zeros(n, dtype=gram_dtype, device=device)
+        for start, stop in ranges:
+            grads = self._dense(parts, (k, stop - start, *shape[1:]), device, dtype, start)
+            sequences, counterpart = scope.meet(param, acc, grads, start, stop)
+            sequences = sequences.to(gram_dtype)
+            gram += _gram(sequences)
+            overlaps += sequences @ counterpart.to(gram_dtype)
+        gram, overlaps, acc_sq = scope.total(gram, overlaps, scope.norm_sq(param, dtype))
 
-        wide = torch.float32 if acc.device.type == "mps" else torch.float64
+        wide = torch.float32 if device.type == "mps" else torch.float64
         solution = solve(
             gram.to(wide),
             overlaps.to(wide),
             acc_sq.to(wide),
-            advantages.to(wide),
+            scope.advantages.to(device, wide),
             self.settings,
-            rank_tolerance(k, gram_dtype, dtype),
+            rank_tolerance(n, gram_dtype, dtype),
         )
-        coefficients = solution.coefficients.to(dtype)
-        if step == rows:
-            emission = (coefficients @ grads).view_as(acc)
+        coefficients = scope.own(solution.coefficients).to(dtype)
+        if len(ranges) == 1:
+            emission = (coefficients @ grads).view(-1, *shape[1:])
         else:
             emission = _combine(parts, coefficients)
         if compacted is not None:
-            emission = torch.zeros_like(full, dtype=dtype).index_add_(0, compacted, emission)
+            emission = emission.new_zeros(shape).index_add_(0, compacted, emission)
         return emission, (solution, acc_sq)
 
     def _dense(
@@ -359,28 +453,34 @@ class ProjectedAccumulation:
             self._scratch[dtype] = buffer = torch.empty(size, dtype=dtype)
         return buffer[:size].view(shape)
 
-    def _project_whole(self, param: nn.Parameter, grad: torch.Tensor | None) -> torch.Tensor | None:
+    def _project_whole(self, leaf: nn.Parameter, grad: torch.Tensor | None) -> torch.Tensor | None:
         """Leaf hook, one sequence a microbatch: the gradient is that of the sequence."""
         microbatch = self._microbatch
         if grad is None or microbatch is None or not microbatch.backward_runs:
             return grad
+        param = self._gradients.owner(leaf)
         if param in microbatch.emitted:
             raise RuntimeError(
-                f"The gradient of `{self._names[param]}` arrived in several parts, as it does where reentrant "
-                "checkpointing splits the backward pass and a parameter is shared. Set "
-                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+                f"The gradient of `{self._hooked[leaf]}` arrives in several parts, as it does where a parameter is "
+                "shared and reentrant checkpointing splits the backward pass, or FSDP shards it once for each module. "
+                'Set `gradient_checkpointing_kwargs={"use_reentrant": False}`; with FSDP, train with more than one '
+                "sequence a microbatch."
             )
+        if isinstance(grad, DTensor):
+            raise RuntimeError(_SHARDED.format(self._hooked[leaf]))
         microbatch.parts[param].append(Dense(grad.reshape(1, *(grad.shape or (1,)))))
-        return self._emission(microbatch, param)
+        return self._emission(microbatch, leaf, param)
 
-    def _check_emitted(self, param: nn.Parameter, grad: torch.Tensor | None) -> None:
+    def _check_emitted(self, leaf: nn.Parameter, grad: torch.Tensor | None) -> None:
         """Leaf hook: a gradient that didn't come from the recorded uses of a parameter would escape the projection."""
         microbatch = self._microbatch
         if grad is None or microbatch is None or not microbatch.backward_runs:
             return
-        if microbatch.emitted.get(param) != grad.data_ptr():
+        if isinstance(grad, DTensor):
+            raise RuntimeError(_SHARDED.format(self._hooked[leaf]))
+        if microbatch.emitted.get(self._gradients.owner(leaf)) != grad.data_ptr():
             raise RuntimeError(
-                f"`{self._names[param]}` is used outside the forward pass of the layer that holds it, where its "
+                f"`{self._hooked[leaf]}` is used outside the forward pass of the layer that holds it, where its "
                 f"sequence gradients can't be seen. Train with {ONE_SEQUENCE}, or freeze it."
             )
 
@@ -431,14 +531,15 @@ class Microbatch:
         self.num_sequences, self.num_tokens = k, value.shape[1] if is_tokens else None
 
     def expect(self, param: nn.Parameter) -> None:
-        self.uses[param] += 1
+        self.uses[self._accumulation()._gradients.owner(param)] += 1
 
     def head_form(self, param: nn.Parameter, num_positions: int) -> str:
         """How the fused head holds its sequence gradients: dense, as factors, or not at all, as memory allows."""
         accumulation = self._accumulation()
-        rows, size = param.shape
+        rows, size = whole_shape(param)
+        held = accumulation._scope.holds(accumulation._gradients.owner(param))
         budget = accumulation.memory_budget * _GIB / (self.num_sequences * rows * sum_dtype(param).itemsize)
-        if size <= budget and param.grad is not None and accumulation.settings.removes:
+        if size <= budget and held and accumulation.settings.removes:
             return "dense"
         return "factors" if num_positions <= budget else "recompute"
 
@@ -456,11 +557,13 @@ class Microbatch:
                 "A captured forward pass was sent backward without `accumulation.loss`, so that its advantages are "
                 "unknown. Pass the objective through `accumulation.loss` and call `backward` on what it returns."
             )
-        self.parts[param].append(grads)
-        self.remaining[param] -= 1
-        if self.remaining[param] > 0:
+        accumulation = self._accumulation()
+        owner = accumulation._gradients.owner(param)
+        self.parts[owner].append(grads)
+        self.remaining[owner] -= 1
+        if self.remaining[owner] > 0:
             return None
-        return self._accumulation()._emission(self, param)
+        return accumulation._emission(self, param, owner)
 
 
 class _Seed(torch.autograd.Function):

@@ -60,6 +60,13 @@ class PROMAConfig(GRPOConfig):
         projection_memory_budget (`float`, *optional*, defaults to `0.5`):
             GiB that the sequence gradients of one parameter tensor may take. Larger ones, like those of a vocabulary,
             are worked on in parts, which costs time.
+        projection_scope (`str`, *optional*, defaults to `"local"`):
+            What is projected on several devices. `"local"`: each rank's accumulated gradient off its own sequences,
+            which costs no communication. `"global"`: the gradient of all ranks off the sequences of all ranks, as if
+            one rank held them in one microbatch; see the documentation for the communication it adds.
+        projection_accumulator_dtype (`str`, *optional*, defaults to `"float32"`):
+            `"float32"` or `"bfloat16"`: what each rank keeps its own accumulated gradient in under ZeRO-2 and ZeRO-3
+            with a local scope, where DeepSpeed keeps but a shard of everyone's average.
     """
 
     projection: str = field(
@@ -93,6 +100,23 @@ class PROMAConfig(GRPOConfig):
             "vocabulary, are worked on in parts, which costs time."
         },
     )
+    projection_scope: str = field(
+        default="local",
+        metadata={
+            "help": "What is projected on several devices. `'local'`: each rank's accumulated gradient off its own "
+            "sequences, which costs no communication. `'global'`: the gradient of all ranks off the sequences of all "
+            "ranks, as if one rank held them in one microbatch.",
+            "choices": ["local", "global"],
+        },
+    )
+    projection_accumulator_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "What each rank keeps its own accumulated gradient in under ZeRO-2 and ZeRO-3 with a local scope, "
+            "where DeepSpeed keeps but a shard of everyone's average.",
+            "choices": ["float32", "bfloat16"],
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.projection_bound == math.inf:
@@ -102,6 +126,12 @@ class PROMAConfig(GRPOConfig):
             raise ValueError(
                 f"`projection_memory_budget` must be a positive number of GiB, got {self.projection_memory_budget}."
             )
+        for name in ("projection_scope", "projection_accumulator_dtype"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}."
+                )
         super().__post_init__()
         self._refuse_unused()
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import DynamoBackend
+from accelerate.utils import send_to_device
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from .accumulation import ProjectedAccumulation
 from .config import PROMAConfig
+from .distributed import check_setup
 from .sequence_grads.fused_head import check_trl, sequence_head
 
 
@@ -86,34 +87,15 @@ class PROMATrainer(GRPOTrainer):
         self._advantages: torch.Tensor | None = None
         self._accumulation: ProjectedAccumulation | None = None
         if settings.removes:
-            self._refuse_setup()
+            check_setup(self.accelerator, args.n_gpu, self.model)
             self._accumulation = ProjectedAccumulation(
                 self.model,
                 settings,
                 microbatch_size=args.per_device_train_batch_size,
                 memory_budget=args.projection_memory_budget,
-            )
-
-    def _refuse_setup(self) -> None:
-        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-            raise ValueError(
-                "PROMA does not run on a compiled model, whose layers run past the hooks that collect sequence "
-                "gradients. Launch without `--dynamo_backend` (unset `ACCELERATE_DYNAMO_BACKEND`)."
-            )
-        kind = None
-        if self.is_deepspeed_enabled:
-            kind = "DeepSpeed"
-        elif self.is_fsdp_enabled:
-            kind = "FSDP"
-        elif self.accelerator.num_processes > 1:
-            kind = f"{self.accelerator.num_processes} processes"
-        elif self.args.n_gpu > 1:
-            kind = f"`torch.nn.DataParallel` on {self.args.n_gpu} GPUs"
-        if kind is not None:
-            raise ValueError(
-                f"PROMA's projection runs on one device, and this run uses {kind}. Launch one process (`accelerate "
-                'launch --num_processes 1`, `CUDA_VISIBLE_DEVICES=0`), or set `projection="none"` for REINFORCE on '
-                "many."
+                accelerator=self.accelerator,
+                scope=args.projection_scope,
+                accumulator_dtype=getattr(torch, args.projection_accumulator_dtype),
             )
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -160,14 +142,19 @@ class PROMATrainer(GRPOTrainer):
         # Between two optimizer steps on one generation, TRL would forget the completions and generate again on resume
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             checkpoint = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            torch.save({"step": self._step, "inputs": self._buffered_inputs}, checkpoint / self._rollout_file())
+            rollout = {"step": self._step, "inputs": self._buffered_inputs, "ranks": self.accelerator.num_processes}
+            checkpoint.mkdir(parents=True, exist_ok=True)  # each node may have a disk of its own
+            torch.save(rollout, checkpoint / self._rollout_file())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         path = Path(checkpoint or "") / self._rollout_file()
         if checkpoint is not None and path.is_file():
-            rollout = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-            self._step, self._buffered_inputs = rollout["step"], rollout["inputs"]
+            rollout = torch.load(path, map_location="cpu", weights_only=True)
+            # With another number of ranks, completions would be missing or twice there: TRL generates anew
+            if rollout["ranks"] == self.accelerator.num_processes:
+                self._step = rollout["step"]
+                self._buffered_inputs = send_to_device(rollout["inputs"], self.accelerator.device)
 
     def _rollout_file(self) -> str:
         return f"rollout_{self.accelerator.process_index}.pt"

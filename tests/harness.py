@@ -8,6 +8,7 @@ from datasets import Dataset
 from models import tiny_model
 from peft import PeftModel, get_peft_model
 from tiny import make_tokenizer
+from torch.distributed.fsdp import FSDPModule
 
 from proma_trl import PROMAConfig, PROMATrainer
 
@@ -43,16 +44,19 @@ def make_model(architecture="qwen3-tied", **kwargs):
     return tiny_model(architecture, eos_token_id=TOKENIZER.eos_token_id, bos_token_id=None, **sizes, **kwargs)
 
 
-def make_trainer(output_dir, model=None, trainer_class=PROMATrainer, config_class=PROMAConfig, args=None, **kwargs):
+def make_trainer(
+    output_dir, model=None, trainer_class=PROMATrainer, config_class=PROMAConfig, args=None, prompts=64, **kwargs
+):
     trainer_names = ("peft_config", "callbacks", "eval_dataset")
     trainer_kwargs = {name: kwargs.pop(name) for name in trainer_names if name in kwargs}
     model = make_model() if model is None else model
-    pristine = copy.deepcopy(model)
+    # FSDP's modules can't be copied
+    pristine = None if isinstance(model, FSDPModule) else copy.deepcopy(model)
     trainer = trainer_class(
         model=model,
         reward_funcs=kwargs.pop("reward_funcs", vowel_reward),
         args=args or make_args(output_dir, config_class, **kwargs),
-        train_dataset=Dataset.from_dict({"prompt": ["ab", "cde", "f", "what is 2?"] * 16}),
+        train_dataset=Dataset.from_dict({"prompt": (["ab", "cde", "f", "what is 2?"] * 16)[:prompts]}),
         processing_class=TOKENIZER,
         **trainer_kwargs,
     )

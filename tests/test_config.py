@@ -75,6 +75,8 @@ def test_optimizers_that_step_in_backward_are_refused(optim, tmp_path):
         {"projection_bound": -1.0},
         {"projection_strength": 2.0},
         {"projection_memory_budget": 0.0},
+        {"projection_scope": "node"},
+        {"projection_accumulator_dtype": "float16"},
     ],
     ids=lambda kwargs: next(iter(kwargs)),
 )

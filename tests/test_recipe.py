@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.utils import is_deepspeed_available
 from peft import PeftModel
 from tiny import make_policy, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,11 +67,10 @@ def write_config(tmp_path, settings):
     return str(path)
 
 
-def run_recipe(*arguments):
+def run_recipe(*arguments, launcher=("--cpu", "--num_processes", "1")):
     """Runs the recipe as a user does, in a process of its own."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     return subprocess.run(
-        [*launch, str(RECIPE), *arguments],
+        [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(RECIPE), *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "2"},
         capture_output=True,
@@ -110,6 +110,45 @@ def test_run(tmp_path, settings, algorithm):
     assert ("GRPO" if algorithm == "grpo" else "PROMA") in card
     # The card is for others, who do not have this machine's folders.
     assert str(tmp_path) not in card
+
+
+NEEDS_DEEPSPEED = pytest.mark.skipif(not is_deepspeed_available(), reason="needs deepspeed")
+
+
+@pytest.mark.parametrize(
+    "backend", ["cpu_2_ranks", *(pytest.param(zero, marks=NEEDS_DEEPSPEED) for zero in ("zero2", "zero3"))]
+)
+def test_many_ranks(tmp_path, settings, backend):
+    launcher = ["--config_file", str(ROOT / "recipes" / "accelerate" / f"{backend}.yaml"), "--main_process_port", "0"]
+    if backend != "cpu_2_ranks":
+        accelerate = yaml.safe_load(Path(launcher[1]).read_text())
+        accelerate |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
+        launcher[1] = str(tmp_path / "accelerate.yaml")
+        Path(launcher[1]).write_text(yaml.safe_dump(accelerate))
+    settings |= {"bf16": False, "save_strategy": "steps", "save_steps": 1}
+    run = run_recipe("--config", write_config(tmp_path, settings), launcher=launcher)
+    assert run.returncode == 0, run.stderr
+
+    trained, initial = read_weights(settings["output_dir"]), read_weights(settings["model_name_or_path"])
+    assert set(trained) == set(initial)
+    assert any(not torch.equal(trained[name], initial[name]) for name in trained)
+    records = read_metrics(settings["output_dir"])
+    assert [record["step"] for record in records if "eval_accuracy" in record] == [0, 1, 2]
+    train = [record for record in records if "reward" in record]
+    # Completions of both ranks: 2 x 2 microbatches of 8 a step, of one token each
+    assert [record["completions/mean_length"] for record in train] == [1, 1]
+    assert all(record["projection/norm_ratio"] > 0 for record in train)
+
+    run = run_recipe(
+        "--config",
+        str(tmp_path / "config.yaml"),
+        "--resume_from_checkpoint",
+        f"{settings['output_dir']}/checkpoint-1",
+        launcher=launcher,
+    )
+    assert run.returncode == 0, run.stderr
+    resumed = read_weights(settings["output_dir"])
+    assert all(torch.equal(trained[name], resumed[name]) for name in trained)
 
 
 def test_baselines_differ_from_proma_in_one_setting(tmp_path, settings, monkeypatch):

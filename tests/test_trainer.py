@@ -408,12 +408,13 @@ def test_compiled_models_are_refused(tmp_path, monkeypatch):
         make_trainer(tmp_path)
 
 
-@pytest.mark.parametrize("attribute,text", [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")])
-def test_many_devices_are_refused(attribute, text, tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path)
-    monkeypatch.setattr(trainer, attribute, True)
-    with pytest.raises(ValueError, match=rf"one device, and this run uses {text}.*`projection=\"none\"`"):
-        trainer._refuse_setup()
+def test_reducing_every_microbatch_is_refused(tmp_path):
+    def reduce_each():  # transformers writes to what it is given
+        return {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+
+    with pytest.raises(ValueError, match=r"`sync_each_batch`.*`projection=\"none\"`"):
+        make_trainer(tmp_path, accelerator_config=reduce_each())
+    make_trainer(tmp_path, accelerator_config=reduce_each(), projection="none")
 
 
 def test_a_changed_fused_head_is_refused(tmp_path, monkeypatch):

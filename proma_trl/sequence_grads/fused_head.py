@@ -40,7 +40,11 @@ def check_trl() -> None:
     Raises:
         RuntimeError: If its internals have moved.
     """
-    moved = [name for name in ("_ChunkedLogProbFunction", "_use_triton") if not hasattr(trl_utils, name)]
+    moved = [
+        name
+        for name in ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx")
+        if not hasattr(trl_utils, name)
+    ]
     if inspect.signature(ChunkedLogProbFunction.forward).parameters.keys() != set(_KERNEL_ARGUMENTS):
         moved.append("ChunkedLogProbFunction.forward")
     if moved:
@@ -104,24 +108,25 @@ class _SequenceLogProbs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, *_):
         # PROMA refuses entropy bonuses, so that log-probabilities alone carry gradients
         hidden, weight, bias, targets, log_z, _ = ctx.saved_tensors
-        k = ctx.num_sequences
-        head = _Logits(
-            hidden.view(k, -1, hidden.shape[-1]),
-            weight,
-            bias,
-            targets.view(k, -1),
-            log_z.view(k, -1),
-            grad_logprobs.view(k, -1),
-            ctx.compute_dtype,
-            ctx.kernel_args,
-        )
         weight_param, bias_param = ctx.params
+        k = ctx.num_sequences
         needs_weight, needs_bias = weight.requires_grad, bias is not None and bias.requires_grad
-        form = ctx.sink.head_form(weight_param, head.hidden.shape[1]) if needs_weight else None
-        with torch.autocast(hidden.device.type, enabled=False):
+        # The head does not run as a module, so ZeRO-3 does not gather its weight by itself
+        with trl_utils.maybe_gather_lm_head_ctx(weight, bias), torch.autocast(hidden.device.type, enabled=False):
+            head = _Logits(
+                hidden.view(k, -1, hidden.shape[-1]),
+                weight,
+                bias,
+                targets.view(k, -1),
+                log_z.view(k, -1),
+                grad_logprobs.view(k, -1),
+                ctx.compute_dtype,
+                ctx.kernel_args,
+            )
+            form = ctx.sink.head_form(weight_param, head.hidden.shape[1]) if needs_weight else None
             grad_hidden, grads, bias_grads = head.backward(form, needs_bias)
-        grad_weight = ctx.sink.receive(weight_param, grads) if needs_weight else None
-        grad_bias = ctx.sink.receive(bias_param, Dense(bias_grads)) if needs_bias else None
+            grad_weight = ctx.sink.receive(weight_param, grads) if needs_weight else None
+            grad_bias = ctx.sink.receive(bias_param, Dense(bias_grads)) if needs_bias else None
         return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
 
 

@@ -80,38 +80,69 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Layer:
-    """What hooks need to know of one module that holds trainable parameters."""
+    """
+    What hooks need to know of one module that holds trainable parameters.
 
-    def __init__(self, name: str, module: nn.Module, params: dict[str, nn.Parameter]):
+    Args:
+        name (`str`): The module's name in the model.
+        module (`nn.Module`): The module.
+        param_names (`tuple[str, ...]`): Its own trainable parameters.
+    """
+
+    def __init__(self, name: str, module: nn.Module, param_names: tuple[str, ...]):
         self.name = name
         self.module = module
-        self.params = params
+        self.param_names = param_names
         self.entered = False
+        self.handles: tuple = ()
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """The parameters as the module holds them now: FSDP exchanges shards for whole ones while a module runs."""
+        return {name: self.module._parameters[name] for name in self.param_names}
 
     def enter(self, sink: Sink, args: tuple, kwargs: dict) -> tuple | None:
         raise NotImplementedError
 
     def exit(self) -> None:
-        """Let the module see its own parameters again."""
-        for name in self.params:
-            self.module.__dict__.pop(name, None)
-        self.entered = False
+        """Undo what `enter` did to the module."""
+        raise NotImplementedError
 
     def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
         return None
 
 
-class _RuleLayer(Layer):
-    """A module with a rule: runs on detached parameters, and a node behind its output applies the rule."""
+class WholeLayer(Layer):
+    """A module with one sequence a microbatch: what autograd gives a parameter is the sequence's gradient."""
 
-    def __init__(self, name: str, module: nn.Module, params: dict[str, nn.Parameter], rule: Rule):
-        super().__init__(name, module, params)
+    def enter(self, sink: Sink, args: tuple, kwargs: dict) -> None:
+        return None
+
+
+class _RuleLayer(Layer):
+    """A module with a rule: its parameters take no gradient while it runs; a node behind its output forms theirs."""
+
+    def __init__(self, name: str, module: nn.Module, param_names: tuple[str, ...], rule: Rule):
+        super().__init__(name, module, param_names)
         self.rule = rule
 
     def enter(self, sink: Sink, args: tuple, kwargs: dict) -> None:
         self.entered = True
+        # ZeRO-3 frees the memory of a parameter when its module has run, and gets it back for the backward pass.
+        # Detached tensors would keep that memory alive. Where a checkpointed layer runs again just before its
+        # backward pass they must: torch compares what is saved then with what was saved first.
+        runs_again = torch._C._current_graph_task_id() != -1
         for name, param in self.params.items():
-            self.module.__dict__[name] = param.detach()
+            if runs_again:
+                self.module.__dict__[name] = param.detach()
+            else:
+                param.requires_grad_(False)
+
+    def exit(self) -> None:
+        for name, param in self.params.items():
+            self.module.__dict__.pop(name, None)
+            param.requires_grad_(True)
+        self.entered = False
 
     def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
         if not isinstance(output, torch.Tensor):
@@ -120,14 +151,18 @@ class _RuleLayer(Layer):
         return _Rule.apply(output, self, sink, len(inputs), *inputs, *self.params.values())
 
     def grads(
-        self, sink: Sink, inputs: tuple[torch.Tensor, ...], grad_output: torch.Tensor
+        self,
+        sink: Sink,
+        params: dict[str, nn.Parameter],
+        inputs: tuple[torch.Tensor, ...],
+        grad_output: torch.Tensor,
     ) -> dict[str, SequenceGrads]:
         inputs = tuple(by_sequence(sink, x, self.name) for x in inputs)
         grad_output = by_sequence(sink, grad_output, self.name)
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             found = self.rule(self.module, inputs, grad_output)
         grads = {}
-        for name, param in self.params.items():
+        for name, param in params.items():
             value = found.get(name)
             if isinstance(value, torch.Tensor):
                 expected = (sink.num_sequences, *param.shape)
@@ -152,14 +187,15 @@ class _Rule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output, layer, sink, num_inputs, *tensors):
         ctx.layer, ctx.sink, ctx.num_inputs = layer, sink, num_inputs
+        ctx.params = dict(zip(layer.param_names, tensors[num_inputs:], strict=True))
         ctx.save_for_backward(*tensors[:num_inputs])
         return _alias(output)
 
     @staticmethod
     def backward(ctx, grad_output):
         layer, sink = ctx.layer, ctx.sink
-        grads = layer.grads(sink, ctx.saved_tensors, grad_output)
-        emissions = [sink.receive(param, grads[name]) for name, param in layer.params.items()]
+        grads = layer.grads(sink, ctx.params, ctx.saved_tensors, grad_output)
+        emissions = [sink.receive(param, grads[name]) for name, param in ctx.params.items()]
         return grad_output, None, None, None, *([None] * ctx.num_inputs), *emissions
 
 
@@ -198,14 +234,14 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, output, ids, padding_idx, sink, weight):
-        ctx.padding_idx, ctx.sink, ctx.weight = padding_idx, sink, weight
+        ctx.padding_idx, ctx.sink, ctx.weight, ctx.num_rows = padding_idx, sink, weight, len(weight)
         ctx.save_for_backward(ids)
         return _alias(output)
 
     @staticmethod
     def backward(ctx, grad_output):
         (ids,) = ctx.saved_tensors
-        grads = embedding_grads(ids, ctx.padding_idx, len(ctx.weight), grad_output)
+        grads = embedding_grads(ids, ctx.padding_idx, ctx.num_rows, grad_output)
         return None, None, None, None, ctx.sink.receive(ctx.weight, grads)
 
 
@@ -224,6 +260,11 @@ class _BroadcastLayer(Layer):
         for name, param in self.params.items():
             self.module.__dict__[name] = _Copies.apply(param, per_sequence.dim(), sink)
         return args, kwargs
+
+    def exit(self) -> None:
+        for name in self.param_names:
+            self.module.__dict__.pop(name, None)
+        self.entered = False
 
     def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
         return output.flatten(0, 1) if self.flattened else None
@@ -245,16 +286,16 @@ class _Copies(torch.autograd.Function):
         return ctx.sink.receive(param, Dense(grads)), None, None
 
 
-def layer_for(name: str, module: nn.Module, params: dict[str, nn.Parameter]) -> Layer | str:
-    """How a module with trainable parameters is followed, or why it can't be."""
+def layer_for(name: str, module: nn.Module, names: tuple[str, ...]) -> Layer | str:
+    """How a module with the trainable parameters `names` is followed, or why it can't be."""
     if isinstance(module, nn.Embedding):
         refusal = embedding_refusal(module)
-        if refusal is None and params.keys() != {"weight"}:
+        if refusal is None and names != ("weight",):
             refusal = "it holds more than a weight"
-        return refusal or _EmbeddingLayer(name, module, params)
+        return refusal or _EmbeddingLayer(name, module, names)
     rule = rule_for(module)
     if rule is not None:
-        return _RuleLayer(name, module, params, rule)
+        return _RuleLayer(name, module, names, rule)
     if broadcasts_parameters(module):
-        return _BroadcastLayer(name, module, params)
-    return f"holds {', '.join(f'`{n}`' for n in params)} and has no rule"
+        return _BroadcastLayer(name, module, names)
+    return f"holds {', '.join(f'`{n}`' for n in names)} and has no rule"

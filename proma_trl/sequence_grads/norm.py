@@ -12,7 +12,8 @@ from torch import nn
 from torch.func import functional_call
 
 from .factored import sum_dtype
-from .registry import _noise, agree, register_rule
+from .probe import agree, noise, probe
+from .registry import register_rule
 
 
 @register_rule(nn.LayerNorm)
@@ -48,20 +49,16 @@ def broadcasts_parameters(module: nn.Module) -> bool:
     """
     if "norm" not in type(module).__name__.lower():
         return False
-    params = dict(module.named_parameters(recurse=False))
-    shapes = {param.shape for param in params.values()}
-    if len(shapes) != 1 or any(param.is_meta for param in params.values()):
-        return False
-    shape = shapes.pop()
-    like = next(iter(params.values()))
-    was_training = module.training
     try:
-        module.eval()
+        module = probe(module)
+        params = dict(module.named_parameters(recurse=False))
+        (shape,) = {param.shape for param in params.values()}
+        like = next(iter(params.values()))
         with torch.no_grad():
             for leading in ((2, 3), (2, 3, 4)):
-                inputs = _noise(*leading, *shape, like=like)
+                inputs = noise(*leading, *shape, like=like)
                 copies = {
-                    name: param + _noise(2, *([1] * (len(leading) - 1)), *shape, like=param)
+                    name: param + noise(2, *([1] * (len(leading) - 1)), *shape, like=param)
                     for name, param in params.items()
                 }
                 together = functional_call(module, copies, (inputs,))
@@ -73,8 +70,6 @@ def broadcasts_parameters(module: nn.Module) -> bool:
                         return False
     except Exception:  # a trial: a module that cannot take such parameters is one that this is not for
         return False
-    finally:
-        module.train(was_training)
     return True
 
 

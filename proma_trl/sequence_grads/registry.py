@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .factored import SequenceGrads
+from .probe import agree, noise, probe
 
 Rule = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], dict[str, "torch.Tensor | SequenceGrads"]]
 
@@ -60,21 +61,17 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 def _holds(rule: Rule, module: nn.Module) -> bool:
     """Whether a base class's rule gives the right gradients for a subclass with a `forward` of its own, by trial."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.is_meta:
-        return False
-    params = {name: param for name, param in module.named_parameters(recurse=False) if param.requires_grad}
-    features = getattr(module, "in_features", None)
-    shape = (features,) if features is not None else tuple(weight.shape)
-    was_training = module.training
     try:
-        module.eval()
-        inputs = _noise(2, 3, *shape, like=weight)
+        module = probe(module)
+        weight = module.weight
+        params = {name: param for name, param in module.named_parameters(recurse=False) if param.requires_grad}
+        features = getattr(module, "in_features", None)
+        inputs = noise(2, 3, *(weight.shape if features is None else (features,)), like=weight)
         with torch.enable_grad():
             output = module(inputs)
         if not isinstance(output, torch.Tensor) or output.shape[:2] != inputs.shape[:2]:
             return False
-        grad_output = _noise(*output.shape, like=output)
+        grad_output = noise(*output.shape, like=output)
         found = rule(module, (inputs,), grad_output)
         for i in range(2):
             mask = torch.zeros_like(grad_output)
@@ -89,19 +86,4 @@ def _holds(rule: Rule, module: nn.Module) -> bool:
                     return False
     except Exception:  # a trial: a module that cannot take this input is one that the rule is not for
         return False
-    finally:
-        module.train(was_training)
     return True
-
-
-def _noise(*shape: int, like: torch.Tensor) -> torch.Tensor:
-    """Normal noise that leaves the random state of training alone."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(device=like.device, dtype=like.dtype)
-
-
-def agree(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors are the same up to the rounding of the coarser dtype."""
-    eps = max(torch.finfo(left.dtype).eps, torch.finfo(right.dtype).eps)
-    left, right = left.double(), right.double()
-    return bool((left - right).norm() <= 64 * eps * right.norm())

@@ -1,0 +1,189 @@
+"""
+What the projection costs on many ranks: step time, memory and communication beside REINFORCE's on the same backend.
+
+    python benchmarks/distributed.py
+    python benchmarks/distributed.py --backends zero2 zero3 fsdp2 --processes 8 --bf16
+
+For each backend, one launch takes REINFORCE's, the local and the global scope's optimizer steps in turns: medians, and
+median ratios of the turns. Then each has launches of its own for peak memory (resident memory on a CPU, the
+allocator's peak on CUDA). Nothing is sampled: completions are random tokens. Ranks are launched with
+the files in `recipes/accelerate`; without a GPU they run on the CPU, where there is no FSDP2.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import step_time
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from proma_trl import PROMAConfig, PROMATrainer
+
+CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
+BACKENDS = {"ddp": "multi_gpu", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
+MODES = ("none", "local", "global")
+
+
+class RandomCompletions(PROMATrainer):
+    """Trains on random tokens in place of completions."""
+
+    def _prepare_inputs(self, batch):
+        return self.microbatches[self.state.global_step % len(self.microbatches)]
+
+
+class Turns(TrainerCallback):
+    """Sets the mode of every step and takes its time."""
+
+    def __init__(self, trainer, modes):
+        self.trainer, self.modes = trainer, modes
+        self.accumulation = trainer._accumulation
+        self.seconds = {mode: [] for mode in modes}
+        self.sent = 0
+        self.bytes = {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        mode = self.modes[state.global_step % len(self.modes)]
+        self.trainer._accumulation = None if mode == "none" else self.accumulation
+        if mode != "none" and mode != self.accumulation.scope:
+            self.accumulation.scope, self.accumulation._scope = mode, None
+        self.sent, self.start = 0, self.now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        mode = self.modes[state.global_step % len(self.modes) - 1]  # the step has been counted
+        self.seconds[mode].append(self.now() - self.start)
+        self.bytes[mode] = self.sent / args.gradient_accumulation_steps
+
+    def now(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def count(self, collective, sent_position):
+        """The same collective, counting the bytes that a rank sends."""
+
+        def counted(*tensors, **kwargs):
+            tensor = tensors[sent_position]
+            world = dist.get_world_size()
+            self.sent += tensor.numel() * tensor.element_size() * (world - 1) / world
+            return collective(*tensors, **kwargs)
+
+        return counted
+
+
+def work(arguments):
+    """What each rank runs."""
+    modes = MODES if arguments.mode is None else (arguments.mode,)
+    (length,) = arguments.lengths
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = step_time.make_trainer(
+            RandomCompletions,
+            PROMAConfig,
+            arguments,
+            length,
+            folder,
+            prepare=False,
+            projection="none" if arguments.mode == "none" else "iterative",
+            projection_scope="local" if arguments.mode is None else arguments.mode.replace("none", "local"),
+            projection_accumulator_dtype=arguments.accumulator_dtype,
+            projection_memory_budget=arguments.budget,
+            max_steps=len(modes) * (arguments.repeats + 1),
+            optim="sgd",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        rank = trainer.accelerator.process_index
+        trainer.microbatches = [step_time.make_inputs(arguments, length, 100 * rank + i) for i in range(4)]
+        turns = Turns(trainer, modes)
+        if arguments.mode is None:
+            dist.all_to_all_single = turns.count(dist.all_to_all_single, 1)
+            trainer.add_callback(turns)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024  # Linux counts in KiB
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    peaks = gather_object([peak])
+    if rank == 0:
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
+        result = {"peak_bytes": max(peaks), "bytes_a_microbatch": turns.bytes, "parameters": parameters}
+        if arguments.mode is None:
+            seconds = {mode: taken[1:] for mode, taken in turns.seconds.items()}  # the first turn warms up
+            result["seconds"] = {mode: statistics.median(taken) for mode, taken in seconds.items()}
+            result["ratio"] = {
+                mode: statistics.median(a / b for a, b in zip(taken, seconds["none"], strict=True))
+                for mode, taken in seconds.items()
+            }
+        print(json.dumps(result), flush=True)
+    trainer.accelerator.end_training()
+
+
+def launch(arguments, backend, *extra):
+    """Starts the ranks, and returns what rank 0 reports."""
+    config = yaml.safe_load((CONFIGS / f"{BACKENDS[backend]}.yaml").read_text())
+    config |= {"num_processes": arguments.processes, "main_process_port": 0}
+    if arguments.device == "cpu":
+        config |= {"use_cpu": True, "mixed_precision": "no"}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(config, file)
+        file.flush()
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file.name]
+        command = [*launcher, *sys.argv, "--worker", *extra]
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if run.returncode != 0:
+        raise SystemExit(f"{backend}: the launch failed")
+    return json.loads(next(line for line in reversed(run.stdout.splitlines()) if line.startswith("{")))
+
+
+def main() -> None:
+    parser = step_time.make_parser()
+    parser.description = __doc__
+    parser.set_defaults(lengths=[128], sequences=4, repeats=3)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["ddp", "zero1", "zero2", "zero3"])
+    parser.add_argument("--accumulator-dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--processes", type=int, default=2, help="ranks")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments)
+        return
+    results = []
+    print(f"{'backend':>8} {'scope':>8} {'s':>8} {'ratio':>7} {'peak GiB':>9} {'MB sent a microbatch':>21}")
+    for backend in arguments.backends:
+        timed = launch(arguments, backend)
+        for mode in MODES:
+            peak = launch(arguments, backend, "--mode", mode)["peak_bytes"]
+            results.append(
+                {
+                    "backend": backend,
+                    "scope": mode,
+                    "seconds": timed["seconds"][mode],
+                    "ratio": timed["ratio"][mode],
+                    "peak_bytes": peak,
+                    "bytes_sent_a_microbatch": timed["bytes_a_microbatch"][mode],
+                    "parameters": timed["parameters"],
+                }
+            )
+            print(
+                f"{backend:>8} {mode:>8} {timed['seconds'][mode]:>8.3f} {timed['ratio'][mode]:>7.3f} "
+                f"{peak / 2**30:>9.3f} {timed['bytes_a_microbatch'][mode] / 1e6:>21.1f}",
+                flush=True,
+            )
+    step_time.write(arguments, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Copies of modules to try out how they treat their parameters, whatever holds the parameters themselves."""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def whole_shape(param: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, also while ZeRO-3 holds but a shard of it."""
+    return getattr(param, "ds_shape", param.shape)
+
+
+def probe(module: nn.Module) -> nn.Module:
+    """
+    A shallow copy of a module in evaluation mode, without hooks and with noise for its own parameters: those may be
+    sharded (ZeRO-3, FSDP2) or yet to be loaded (on the meta device).
+    """
+    # `fully_shard` puts a class of its own before a module's, which makes no copies
+    kind = type(module).__bases__[1] if isinstance(module, FSDPModule) else type(module)
+    copy = kind.__new__(kind)
+    copy.__dict__ = {**module.__dict__, "_forward_pre_hooks": OrderedDict(), "_forward_hooks": OrderedDict()}
+    copy.training = False
+    copy._parameters = {
+        name: None if param is None else nn.Parameter(noise(*whole_shape(param), like=param), param.requires_grad)
+        for name, param in module._parameters.items()
+    }
+    return copy
+
+
+def noise(*shape: int, like: torch.Tensor) -> torch.Tensor:
+    """Normal noise that leaves the random state of training alone, on the CPU where `like` has no memory."""
+    generator = torch.Generator().manual_seed(0)
+    device = torch.device("cpu") if like.is_meta else like.device
+    return torch.randn(shape, generator=generator).to(device=device, dtype=like.dtype)
+
+
+def agree(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors are the same up to the rounding of the coarser dtype."""
+    eps = max(torch.finfo(left.dtype).eps, torch.finfo(right.dtype).eps)
+    left, right = left.double(), right.double()
+    return bool((left - right).norm() <= 64 * eps * right.norm())
