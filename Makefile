@@ -8,10 +8,14 @@ RUN := $(VENV)/bin/python
 # Waiting threads sleep. If they spin, two programs on the same cores slow each other down many times over.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install test lint format demo clean
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+.PHONY: help install test test-vllm lint format demo clean
 
 help:
 	@echo "make test      run the tests (ARGS=... goes to pytest)"
+	@echo "make test-vllm run the tests on vLLM's CPU build, in an environment of their own (4 GB)"
 	@echo "make demo      warm-start a small policy and improve it with PROMA, on CPU, in minutes (ARGS=... goes to the demo)"
 	@echo "make lint      check style and formatting"
 	@echo "make format    repair style and formatting"
@@ -27,6 +31,13 @@ install: $(STAMP)
 test: $(STAMP)
 	$(RUN) -m pytest $(ARGS)
 
+$(VLLM_STAMP): requirements/tested_vllm.txt pyproject.toml scripts/install_vllm.sh
+	PYTHON="$(PYTHON)" bash scripts/install_vllm.sh "$(VLLM_VENV)"
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest tests/engine $(ARGS)
+
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -39,4 +50,4 @@ demo: $(STAMP)
 	$(RUN) recipes/demo.py $(ARGS)
 
 clean:
-	rm -rf "$(VENV)" .pytest_cache .ruff_cache build dist *.egg-info runs
+	rm -rf "$(VENV)" "$(VLLM_VENV)" .pytest_cache .ruff_cache build dist *.egg-info runs

@@ -1,5 +1,5 @@
 """
-Step time of PROMATrainer beside GRPOTrainer's: one optimizer step without generation, all parameters trained.
+Step time of PROMATrainer beside GRPOTrainer's: one optimizer step without generation.
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --hidden 576 --vocabulary 49152 --lengths 256 --output step_time.json
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -67,6 +68,7 @@ def make_trainer(trainer_class, config_class, arguments, length, folder, prepare
         args,
         Dataset.from_dict({"prompt": ["token3"] * 8}),
         processing_class=tokenizer,
+        peft_config=LoraConfig(r=arguments.lora, target_modules="all-linear") if arguments.lora else None,
     )
     if not prepare:
         return trainer
@@ -127,6 +129,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--microbatches", type=int, default=4, help="microbatches an optimizer step")
     parser.add_argument("--projection", default="iterative", choices=["iterative", "exact", "none"])
     parser.add_argument("--budget", type=float, default=PROMAConfig.projection_memory_budget, help="GiB")
+    parser.add_argument(
+        "--lora", type=int, help="rank of LoRA adapters on all linear layers; all parameters without it"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

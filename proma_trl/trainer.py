@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 from .accumulation import ProjectedAccumulation
 from .config import PROMAConfig
 from .distributed import check_setup
+from .sampling import check_server
 from .sequence_grads.fused_head import check_trl, sequence_head
 
 
@@ -81,6 +82,8 @@ class PROMATrainer(GRPOTrainer):
                 "multiple of the sequences' log-probability gradients, so PROMA can't project it. Set "
                 "`router_aux_loss_coef=0.0` in `PROMAConfig`."
             )
+        if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
+            check_server(self.vllm_generation.vllm_client, self.model)
         # Ratios stay unclipped
         self.epsilon_low = self.epsilon_high = math.inf
         settings = args.projection_settings()
@@ -130,6 +133,29 @@ class PROMATrainer(GRPOTrainer):
     def get_off_policy_mask(self, advantages: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         # The mask keeps sequences by the sign of their advantages, which `_projected_loss` set to one
         return GRPOTrainer.get_off_policy_mask(advantages=self._advantages.view_as(advantages), **kwargs)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's generation; a vLLM server that fails ends training, but not what was trained."""
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        except Exception as error:
+            # The main process alone speaks with the server
+            if not (self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process):
+                raise
+            url, saved = self.vllm_generation.vllm_client.base_url, self._save_before_failing()
+            raise RuntimeError(
+                f"The vLLM server at {url} failed at step {self.state.global_step}: {error}\n{saved} Look into the "
+                "server's log, start it again, and resume."
+            ) from error
+
+    def _save_before_failing(self) -> str:
+        """Save a checkpoint if this rank can by itself. Returns what became of it."""
+        if self.state.global_step == 0:
+            return "No optimizer step had been taken."
+        if self.accelerator.num_processes > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            return "What is trained is spread over ranks, so nothing could be saved: the last checkpoint stands."
+        self._save_checkpoint(self.model, trial=None)
+        return f"What was trained is in {self.args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._accumulation is not None and self.model.training:
