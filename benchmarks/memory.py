@@ -5,11 +5,13 @@ Peak memory of PROMATrainer beside GRPOTrainer's, for the same optimizer steps a
     python benchmarks/memory.py --hidden 576 --vocabulary 49152 --lengths 256 --budget 0.25
 
 Each trainer has a process of its own. On a CPU the figure is the process's peak resident memory after the steps, with
-that before the first step taken off; on CUDA it is the allocator's peak during a step. It takes the arguments of
-`step_time.py`.
+that before the first step taken off. Freed tensors go back to the system at once (by glibc's settings below), so that
+it is what was alive at one time, and not what the heap has kept. On CUDA it is the allocator's peak during a step. It
+takes the arguments of `step_time.py`.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -50,7 +52,9 @@ def main() -> None:
         peaks = {}
         for algorithm in ("grpo", "proma"):
             command = [sys.executable, *sys.argv, "--lengths", str(length), "--algorithm", algorithm]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            output = run.stdout
             peaks[algorithm] = json.loads(output.splitlines()[-1])[str(length)]
         grpo, proma = peaks["grpo"], peaks["proma"]
         results.append({"length": length, "grpo_peak_bytes": grpo, "proma_peak_bytes": proma})

@@ -376,7 +376,7 @@ class ProjectedAccumulation:
 
     def _project(
         self, leaf: nn.Parameter, param: nn.Parameter, parts: list[SequenceGrads], k: int
-    ) -> tuple[torch.Tensor, tuple[Solution, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, Solution]:
         scope, dtype, device = self._scope, sum_dtype(leaf), leaf.device
         shape = whole_shape(param) or (1,)
         acc = scope.local(param)
@@ -396,28 +396,19 @@ class ProjectedAccumulation:
 
         # The exact projection inverts the Gram matrix, whose condition is the square of the sequences'. Float64 makes
         # up for that where it costs nothing and matters: k gradients of a small tensor can nearly be dependent.
-        small = self.settings.method == "exact" and k * math.prod(shape) <= _SMALL and device.type != "mps"
-        gram_dtype = torch.float64 if small else dtype
-        n = len(scope.advantages)
-        gram = torch.zeros((n, n), dtype=gram_dtype, device=device)
-        overlaps = torch.zeros(n, dtype=gram_dtype, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        small = self.settings.method == "exact" and k * math.prod(shape) <= _SMALL
+        gram_dtype = wide if small else dtype
+        gram, overlaps = [], []
         for start, stop in ranges:
             grads = self._dense(parts, (k, stop - start, *shape[1:]), device, dtype, start)
             sequences, counterpart = scope.meet(param, acc, grads, start, stop)
             sequences = sequences.to(gram_dtype)
-            gram += _gram(sequences)
-            overlaps += sequences @ counterpart.to(gram_dtype)
-        gram, overlaps, acc_sq = scope.total(gram, overlaps, scope.norm_sq(param, dtype))
-
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        solution = solve(
-            gram.to(wide),
-            overlaps.to(wide),
-            acc_sq.to(wide),
-            scope.advantages.to(device, wide),
-            self.settings,
-            rank_tolerance(n, gram_dtype, dtype),
-        )
+            gram.append(_gram(sequences, wide))
+            overlaps.append((sequences @ counterpart.to(gram_dtype)).to(wide))
+        sums = scope.total(_total(gram), _total(overlaps), scope.norm_sq(param, dtype).to(wide))
+        tolerance = rank_tolerance(len(scope.advantages), gram_dtype, dtype)
+        solution = solve(*sums, scope.advantages.to(device, wide), self.settings, tolerance)
         coefficients = scope.own(solution.coefficients).to(dtype)
         if len(ranges) == 1:
             emission = (coefficients @ grads).view(-1, *shape[1:])
@@ -425,7 +416,7 @@ class ProjectedAccumulation:
             emission = _combine(parts, coefficients)
         if compacted is not None:
             emission = emission.new_zeros(shape).index_add_(0, compacted, emission)
-        return emission, (solution, acc_sq)
+        return emission, solution
 
     def _dense(
         self, parts: list[SequenceGrads], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, start: int
@@ -505,7 +496,7 @@ class Microbatch:
         self.remaining: dict[nn.Parameter, int] = {}
         self.parts: defaultdict[nn.Parameter, list[SequenceGrads]] = defaultdict(list)
         self.emitted: dict[nn.Parameter, int] = {}
-        self.solutions: list[tuple[Solution, torch.Tensor]] = []
+        self.solutions: list[Solution] = []
 
     def read_shape(self, args: tuple, kwargs: dict) -> None:
         """Take k and T from the model's input. Raises `ValueError` if it has more sequences than declared."""
@@ -536,8 +527,9 @@ class Microbatch:
     def head_form(self, param: nn.Parameter, num_positions: int) -> str:
         """How the fused head holds its sequence gradients: dense, as factors, or not at all, as memory allows."""
         accumulation = self._accumulation()
+        owner = accumulation._gradients.owner(param)
         rows, size = whole_shape(param)
-        held = accumulation._scope.holds(accumulation._gradients.owner(param))
+        held = accumulation._scope.holds(owner)
         budget = accumulation.memory_budget * _GIB / (self.num_sequences * rows * sum_dtype(param).itemsize)
         if size <= budget and held and accumulation.settings.removes:
             return "dense"
@@ -585,24 +577,25 @@ def _combine(parts: list[SequenceGrads], coefficients: torch.Tensor) -> torch.Te
     """`sum_i coefficients_i s_i` over all uses of a parameter."""
     total = parts[0].combine(coefficients)
     for part in parts[1:]:
-        total += part.combine(coefficients)
+        part.add_combined(total, coefficients)
     return total
 
 
-def _gram(grads: torch.Tensor) -> torch.Tensor:
+def _gram(grads: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`grads @ grads^T` for `(k, n)`, in pieces that stay in cache: k is far too small for one product to be fast."""
     k, n = grads.shape
     pieces = grads.view(k, math.gcd(n, 64), -1).transpose(0, 1)
-    return torch.bmm(pieces, pieces.mT).sum(0)
+    return torch.bmm(pieces, pieces.mT).sum(0, dtype=dtype)
 
 
-def _summarize(solutions: list[tuple[Solution, torch.Tensor]]) -> torch.Tensor:
+def _total(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _summarize(solutions: list[Solution]) -> torch.Tensor:
     """Norm ratio, bounded fraction and overlap of one microbatch, over its tensors, `(3,)`."""
-    device = solutions[0][0].removed_sq.device
-    rows = [
-        torch.stack([s.removed_sq, acc_sq.to(s.removed_sq), s.bounded.to(s.removed_sq), s.cosine]).to(device)
-        for s, acc_sq in solutions
-    ]
-    removed, accumulated, bounded, cosine = torch.stack(rows, 1)
-    ratio = (removed.sum() / accumulated.sum().clamp(min=torch.finfo(removed.dtype).tiny)).sqrt()
-    return torch.stack([ratio, bounded.mean(), cosine.mean()])
+    device = solutions[0].factor.device
+    tensors = Solution(*(torch.stack([x.to(device) for x in values]) for values in zip(*solutions, strict=True)))
+    removed, accumulated = tensors.removed_sq.sum(), tensors.acc_sq.sum()
+    ratio = (removed / accumulated.clamp(min=torch.finfo(removed.dtype).tiny)).sqrt()
+    return torch.stack([ratio, tensors.bounded.to(removed.dtype).mean(), tensors.cosine.mean()])

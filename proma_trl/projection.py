@@ -79,14 +79,29 @@ class Solution(NamedTuple):
     Attributes:
         coefficients (`(..., k)`): What to add to the accumulated gradient is `sum_i coefficients_i s_i`.
         removed_sq (`(...)`): Squared norm of what is removed, after bound and strength.
-        bounded (`(...)`, bool): Whether the bound shortened the removal.
-        cosine (`(...)`): Mean over the sequences with a non-zero gradient of `|<acc, s_i>| / (|acc| |s_i|)`.
+        factor (`(...)`): What the bound left of the removal's length, between 0 and 1.
+        norms_sq (`(..., k)`), overlaps (`(..., k)`), acc_sq (`(...)`): `<s_i, s_i>`, `<acc, s_i>` and `<acc, acc>`.
     """
 
     coefficients: torch.Tensor
     removed_sq: torch.Tensor
-    bounded: torch.Tensor
-    cosine: torch.Tensor
+    factor: torch.Tensor
+    norms_sq: torch.Tensor
+    overlaps: torch.Tensor
+    acc_sq: torch.Tensor
+
+    @property
+    def bounded(self) -> torch.Tensor:
+        """Whether the bound shortened the removal, `(...)`, bool."""
+        return self.factor < 1
+
+    @property
+    def cosine(self) -> torch.Tensor:
+        """Mean over the sequences with a non-zero gradient of `|<acc, s_i>| / (|acc| |s_i|)`, `(...)`."""
+        active = (self.norms_sq > 0) & (self.acc_sq > 0).unsqueeze(-1)
+        lengths = (self.norms_sq * self.acc_sq.unsqueeze(-1)).sqrt()
+        cosines = torch.where(active, self.overlaps.abs() / torch.where(active, lengths, 1), 0)
+        return cosines.sum(-1) / active.sum(-1).clamp(min=1)
 
 
 def solve(
@@ -111,48 +126,58 @@ def solve(
     Returns:
         [`Solution`], in the dtype of `gram`.
     """
-    norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    # A sequence without a gradient is skipped: a zero row that solves to zero
-    inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
-    cosines = gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-    cosines.diagonal(dim1=-2, dim2=-1).fill_(1)
-    components = overlaps * inverse
-
+    norms_sq = gram.diagonal(dim1=-2, dim2=-1)
     if settings.method == "exact":
-        eigenvalues, vectors = torch.linalg.eigh(cosines)
-        keep = eigenvalues > tolerance
-        inverted = torch.where(keep, 1 / torch.where(keep, eigenvalues, 1), 0)
-        weights = vectors @ (inverted * (vectors.mT @ components.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)
+        weights = _exact_weights(gram, norms_sq, overlaps, tolerance)
     elif settings.method == "iterative":
-        # One sweep of v -= <v, u_i> u_i over i is forward substitution with the lower triangle of the cosines
-        target = components.unsqueeze(-1)
-        weights = torch.linalg.solve_triangular(cosines.tril(), target, upper=False)
-        for _ in range(settings.sweeps - 1):
-            weights = weights + torch.linalg.solve_triangular(cosines.tril(), target - cosines @ weights, upper=False)
+        weights = _iterative_weights(gram, overlaps, settings.sweeps)
     else:
-        weights = torch.zeros_like(components).unsqueeze(-1)
+        weights = torch.zeros_like(overlaps)
 
-    projection_sq = (weights.mT @ cosines @ weights)[..., 0, 0].clamp(min=0)
-    weights = weights.squeeze(-1)
+    # P(acc) = sum_i weights_i s_i: its squared length, and that of the policy gradient
+    advantages = advantages.expand_as(weights)
+    pair = torch.stack([weights, advantages], -2)
+    projection_sq, policy_sq = (pair * (pair @ gram)).sum(-1).clamp(min=0).unbind(-1)
     if settings.bound is None:
         factor = torch.ones_like(projection_sq)
     else:
-        column = advantages.unsqueeze(-1)
-        policy_sq = (column.mT @ gram @ column)[..., 0, 0].clamp(min=0)
-        limit = settings.bound * policy_sq.sqrt()
-        length = projection_sq.sqrt()
-        factor = torch.where(length > limit, limit / length, torch.ones_like(length))
-
+        # Of nothing, all is left: the minimum passes over the 0 / 0
+        factor = torch.fmin(settings.bound * (policy_sq / projection_sq).sqrt(), torch.ones_like(projection_sq))
     scale = settings.strength * factor
-    active = (norms > 0).sum(-1).clamp(min=1)
-    acc_norm = acc_sq.sqrt()
-    cosine = (components.abs().sum(-1) / active) * torch.where(acc_norm > 0, 1 / acc_norm, torch.zeros_like(acc_norm))
     return Solution(
-        coefficients=advantages - scale.unsqueeze(-1) * weights * inverse,
-        removed_sq=scale**2 * projection_sq,
-        bounded=factor < 1,
-        cosine=cosine,
+        coefficients=torch.addcmul(advantages, scale.unsqueeze(-1), weights, value=-1),
+        removed_sq=scale.square() * projection_sq,
+        factor=factor,
+        norms_sq=norms_sq,
+        overlaps=overlaps,
+        acc_sq=acc_sq,
     )
+
+
+def _iterative_weights(gram: torch.Tensor, overlaps: torch.Tensor, sweeps: int) -> torch.Tensor:
+    """One sweep of `v -= <v, u_i> u_i` over i is forward substitution with the lower triangle of the Gram matrix."""
+    # A sequence without a gradient is skipped: its row solves to zero
+    system = gram.clone()
+    system.diagonal(dim1=-2, dim2=-1).clamp_(min=torch.finfo(gram.dtype).tiny)
+    target = overlaps.unsqueeze(-1)
+    weights = torch.linalg.solve_triangular(system, target, upper=False)  # it reads that triangle alone
+    for _ in range(sweeps - 1):
+        weights = weights + torch.linalg.solve_triangular(system, target - gram @ weights, upper=False)
+    return weights.squeeze(-1)
+
+
+def _exact_weights(
+    gram: torch.Tensor, norms_sq: torch.Tensor, overlaps: torch.Tensor, tolerance: float
+) -> torch.Tensor:
+    """The Gram matrix of unit vectors is inverted on the space that they span."""
+    inverse = torch.where(norms_sq > 0, norms_sq.clamp(min=0).rsqrt(), 0)
+    cosines = gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(1)
+    eigenvalues, vectors = torch.linalg.eigh(cosines)
+    keep = eigenvalues > tolerance
+    inverted = torch.where(keep, 1 / torch.where(keep, eigenvalues, 1), 0)
+    components = vectors.mT @ (overlaps * inverse).unsqueeze(-1)
+    return (vectors @ (inverted.unsqueeze(-1) * components)).squeeze(-1) * inverse
 
 
 def rank_tolerance(k: int, gram: torch.dtype, sequences: torch.dtype) -> float:

@@ -25,6 +25,9 @@ class SequenceGrads(Protocol):
     def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
         """`sum_i coefficients_i s_i`, `(rows, *rest)`, for `coefficients` of shape `(k,)`."""
 
+    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor) -> None:
+        """Add what `combine` returns to `total`."""
+
 
 class Dense:
     """
@@ -47,6 +50,9 @@ class Dense:
 
     def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
         return (coefficients.to(self.grads.dtype) @ self.grads.flatten(1)).view(self.grads.shape[1:])
+
+    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor) -> None:
+        total += self.combine(coefficients)
 
 
 class OuterProducts:
@@ -103,6 +109,9 @@ class OuterProducts:
             torch.mv(products.flatten(1).mT, coefficients.float(), out=out[start : start + step].view(-1))
         return out
 
+    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor) -> None:
+        total += self.combine(coefficients)
+
 
 class Rows:
     """
@@ -133,10 +142,13 @@ class Rows:
         self.add_rows(out.zero_(), start, stop)
 
     def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
-        dtype = sum_dtype(self.values)
-        scale = coefficients.to(dtype).view(-1, *([1] * (self.values.dim() - 1)))
-        out = self.values.new_zeros((self.num_rows, *self.values.shape[2:]), dtype=dtype)
-        return out.index_add_(0, self.indices.flatten(), (self.values * scale).flatten(0, 1))
+        out = self.values.new_zeros((self.num_rows, *self.values.shape[2:]), dtype=sum_dtype(self.values))
+        self.add_combined(out, coefficients)
+        return out
+
+    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor) -> None:
+        scale = coefficients.to(total.dtype).view(-1, *([1] * (self.values.dim() - 1)))
+        total.index_add_(0, self.indices.flatten(), (self.values * scale).flatten(0, 1))
 
     def compact(self) -> tuple["Rows", torch.Tensor]:
         """

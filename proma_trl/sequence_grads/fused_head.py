@@ -227,6 +227,11 @@ class _Logits:
             out[start:stop] = part.combine(coefficients)
         return out
 
+    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor) -> None:
+        for start, stop in self._ranges():
+            part = OuterProducts(self.dlogits(start, stop), self.hidden.to(self.factor_dtype))
+            part.add_combined(total[start:stop], coefficients)
+
     def _ranges(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
         stop = len(self.weight) if stop is None else stop
         step = max(1, _TILE_ELEMENTS // self.targets.numel())
