@@ -209,7 +209,8 @@ def main(arguments: list[str]) -> None:
     trainer.accelerator.print(f"Saved the policy, its card and metrics.jsonl in {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
-    # Closes trackers and process groups.
+    # Closes trackers and process groups, when the main process, too, has written what it has to.
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 
