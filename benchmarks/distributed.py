@@ -68,14 +68,13 @@ class Turns(TrainerCallback):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def count(self, collective, sent_position):
+    def count(self, all_to_all):
         """The same collective, counting the bytes that a rank sends."""
 
-        def counted(*tensors, **kwargs):
-            tensor = tensors[sent_position]
+        def counted(received, sent):
             world = dist.get_world_size()
-            self.sent += tensor.numel() * tensor.element_size() * (world - 1) / world
-            return collective(*tensors, **kwargs)
+            self.sent += sent.numel() * sent.element_size() * (world - 1) / world
+            return all_to_all(received, sent)
 
         return counted
 
@@ -106,7 +105,7 @@ def work(arguments):
         trainer.microbatches = [step_time.make_inputs(arguments, length, 100 * rank + i) for i in range(4)]
         turns = Turns(trainer, modes)
         if arguments.mode is None:
-            dist.all_to_all_single = turns.count(dist.all_to_all_single, 1)
+            dist.all_to_all_single = turns.count(dist.all_to_all_single)
             trainer.add_callback(turns)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if torch.cuda.is_available():

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from .distributed import SCOPES, Gradients, Scope, gradients_for, is_distributed, scope_for
 from .projection import ProjectionSettings, Solution, rank_tolerance, solve
 from .sequence_grads.factored import Dense, Rows, SequenceGrads, sum_dtype
-from .sequence_grads.layers import ONE_SEQUENCE, Layer, WholeLayer, layer_for
+from .sequence_grads.layers import ONE_SEQUENCE, Layer, layer_for
 from .sequence_grads.probe import whole_shape
 
 _GIB = 2**30
@@ -221,16 +221,15 @@ class ProjectedAccumulation:
         self._hook()
 
     def _plan(self) -> list[Layer]:
-        """How each layer with trainable parameters is followed."""
+        """How each layer with trainable parameters is followed: not at all where the parameters' gradients suffice."""
+        if self.microbatch_size == 1:
+            return []
         layers: list[Layer] = []
         followed: set[nn.Parameter] = set()
         without_rule = []
         for name, module in self.model.named_modules():
             params = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
             if not params:
-                continue
-            if self.microbatch_size == 1:
-                layers.append(WholeLayer(name, module, tuple(params)))
                 continue
             layer = layer_for(name, module, tuple(params))
             if isinstance(layer, str):
@@ -356,31 +355,36 @@ class ProjectedAccumulation:
     def _emission(self, microbatch: Microbatch, leaf: nn.Parameter, param: nn.Parameter) -> torch.Tensor:
         """`sum_i c_i s_i` from all uses of `param` that were received, typed as `leaf`, which autograd hands it to."""
         parts = microbatch.parts.pop(param)
+        ranges = self._ranges(leaf, whole_shape(param) or (1,))
         with torch.no_grad(), torch.autocast(leaf.device.type, enabled=False):
             if self.settings.removes and self._scope.holds(param):
-                emission, solution = self._project(leaf, param, parts, microbatch.num_sequences)
+                emission, solution = self._project(leaf, param, parts, ranges, microbatch.num_sequences)
                 microbatch.solutions.append(solution)
             else:
                 emission = _combine(parts, microbatch.advantages.to(leaf.device))
             emission = emission.to(leaf.dtype).view(whole_shape(param))
-            self._scope.add(param, emission, self._ranges(leaf, param))
+            self._scope.add(param, emission, ranges)
         microbatch.emitted[param] = emission.data_ptr()
         return emission
 
-    def _ranges(self, leaf: nn.Parameter, param: nn.Parameter) -> list[tuple[int, int]]:
-        """Ranges of rows whose sequence gradients fit the memory budget."""
-        shape = whole_shape(param) or (1,)
+    def _ranges(self, leaf: nn.Parameter, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Ranges of the rows of `shape` whose sequence gradients fit the memory budget."""
         row_bytes = self.microbatch_size * math.prod(shape[1:]) * sum_dtype(leaf).itemsize
         step = max(1, int(self.memory_budget * _GIB) // max(1, row_bytes))
         return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
     def _project(
-        self, leaf: nn.Parameter, param: nn.Parameter, parts: list[SequenceGrads], k: int
+        self,
+        leaf: nn.Parameter,
+        param: nn.Parameter,
+        parts: list[SequenceGrads],
+        ranges: list[tuple[int, int]],
+        k: int,
     ) -> tuple[torch.Tensor, Solution]:
         scope, dtype, device = self._scope, sum_dtype(leaf), leaf.device
         shape = whole_shape(param) or (1,)
         acc = scope.local(param)
-        compacted, ranges = None, self._ranges(leaf, param)
+        compacted = None
         if acc is not None:
             acc = acc.view(shape)
             if all(isinstance(part, Rows) for part in parts) and parts[0].indices.numel() * len(parts) < shape[0]:
@@ -391,8 +395,7 @@ class ProjectedAccumulation:
                 )
                 part, compacted = merged.compact()
                 parts, acc = [part], acc.index_select(0, compacted)
-                step = ranges[0][1]
-                ranges = [(start, min(start + step, len(acc))) for start in range(0, len(acc), step)]
+                ranges = self._ranges(leaf, acc.shape)
 
         # The exact projection inverts the Gram matrix, whose condition is the square of the sequences'. Float64 makes
         # up for that where it costs nothing and matters: k gradients of a small tensor can nearly be dependent.

@@ -321,14 +321,17 @@ def scope_for(
     """
     if scope == "global" and accelerator is not None and accelerator.num_processes > 1:
         return GlobalScope(size)
-    is_deepspeed = accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
-    if is_deepspeed and not _is_zero_one(accelerator):
+    if _is_deepspeed(accelerator) and not isinstance(gradients, ZeroOneGradients):
         return RankLocalScope(dtype)
     return LocalScope(gradients.read)
 
 
+def _is_deepspeed(accelerator: Accelerator | None) -> bool:
+    return accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
 def _is_zero_one(accelerator: Accelerator | None) -> bool:
-    if accelerator is None or accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if not _is_deepspeed(accelerator):
         return False
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -387,7 +390,7 @@ def _problems(accelerator: Accelerator, num_gpus: int, model: nn.Module) -> Iter
         )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         yield "FSDP version 1, which flattens parameters", "Set `fsdp_version: 2` in Accelerate's configuration."
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if _is_deepspeed(accelerator):
         yield from _deepspeed_problems(accelerator.state.deepspeed_plugin.deepspeed_config, data_parallel)
 
 

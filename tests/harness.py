@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from models import tiny_model
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import make_tokenizer
 from torch.distributed.fsdp import FSDPModule
 
 from proma_trl import PROMAConfig, PROMATrainer
 
 TOKENIZER = make_tokenizer()
+# Adapters that are no zeros
+LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
 
 
 def vowel_reward(completions, **kwargs):

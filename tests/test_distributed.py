@@ -15,8 +15,8 @@ import yaml
 from accelerate import DistributedType
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DynamoBackend, is_deepspeed_available
-from harness import TOKENIZER, make_args, make_model, sequence_objective
-from peft import LoraConfig, get_peft_model
+from harness import LORA, TOKENIZER, make_args, make_model, sequence_objective
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -74,8 +74,7 @@ def run_cases(folder, config, cases):
 def initial_model(case, folder):
     model = make_model(case["model"])
     if case.get("lora"):
-        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-        model = get_peft_model(model, config)
+        model = get_peft_model(model, LORA)
         loaded = model.load_state_dict(torch.load(folder / "adapter.pt"), strict=False)
         assert not loaded.unexpected_keys
     return model

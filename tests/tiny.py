@@ -30,18 +30,16 @@ def make_tokenizer(chat_template: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def make_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3ForCausalLM:
-    """Returns a random Qwen3 with two small layers and a tied embedding."""
+def make_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **sizes: int) -> Qwen3ForCausalLM:
+    """Returns a random Qwen3 with two small layers and a tied embedding. `sizes` replace those of its config."""
     set_seed(seed)
+    defaults = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "max_position_embeddings": 512}
     config = Qwen3Config(
+        **{**defaults, **sizes},
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

@@ -112,13 +112,6 @@ class Layer:
         return None
 
 
-class WholeLayer(Layer):
-    """A module with one sequence a microbatch: what autograd gives a parameter is the sequence's gradient."""
-
-    def enter(self, sink: Sink, args: tuple, kwargs: dict) -> None:
-        return None
-
-
 class _RuleLayer(Layer):
     """A module with a rule: its parameters take no gradient while it runs; a node behind its output forms theirs."""
 

@@ -5,6 +5,7 @@ Training loops without a trainer, on every rank; fails where a parameter is not 
 """
 
 import copy
+import gc
 import sys
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def negative_log_probs(model, tokens):
     return -logits.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1).sum(1)
 
 
-def accumulate(model, base, batches, scope="local", accelerator=None, prepare=None, finish=None, settings=None):
+def accumulate(model, base, batches, scope="local", accelerator=None, prepare=None, settings=None):
     """Accumulates `batches` and takes a step of gradient descent; `model` may be a wrapper around `base`."""
     accumulation = ProjectedAccumulation(
         base, settings, microbatch_size=max(len(a) for _, a in batches), scope=scope, accelerator=accelerator
@@ -151,4 +152,6 @@ if __name__ == "__main__":
     reduced_too_early()
     if dist.get_rank() == 0:
         print("all held")
+    # Gloo's threads end with the last reference to a group, and need a living interpreter to let go of its tensors
+    gc.collect()
     dist.destroy_process_group()

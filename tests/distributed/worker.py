@@ -10,6 +10,7 @@ Rank r leaves `<name>/inputs_<r>.pt`, the microbatches that its loss was given, 
 trained policy, `<name>/trained`; and rank 0 the adapter as it was before training, `<name>/adapter.pt`.
 """
 
+import gc
 import json
 import os
 import signal
@@ -21,8 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate.state import AcceleratorState, GradientState
-from harness import make_args, make_trainer
-from peft import LoraConfig
+from harness import LORA, make_args, make_trainer
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
@@ -58,9 +58,6 @@ def run(case: dict, output_dir: Path) -> None:
     folder = output_dir / case["name"]
     folder.mkdir(parents=True, exist_ok=True)
     args = make_args(folder / "run", **case.get("args", {}))
-    peft_config = None
-    if case.get("lora"):
-        peft_config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     model = case["model"]
     if case.get("fsdp"):
         # Accelerate has no FSDP on a CPU, but transformers shards with FSDP2 on any device as it loads
@@ -73,7 +70,7 @@ def run(case: dict, output_dir: Path) -> None:
         model,
         RecordingTrainer,
         args=args,
-        peft_config=peft_config,
+        peft_config=LORA if case.get("lora") else None,
         callbacks=callbacks,
         prompts=case.get("prompts", 64),
     )
@@ -94,6 +91,8 @@ def main(cases_file: str, output_dir: str) -> None:
     torch.set_num_threads(1)
     for case in json.loads(Path(cases_file).read_text()):
         run(case, Path(output_dir))
+    # Gloo's threads end with the last reference to a group, and need a living interpreter to let go of its tensors
+    gc.collect()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -35,27 +35,11 @@ else:
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory):
     """The folder of a tiny random Qwen3, with the smallest heads that vLLM takes."""
-    from tiny import make_tokenizer
-    from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
+    from tiny import make_policy, make_tokenizer
 
     tokenizer = make_tokenizer()
-    set_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=64,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 64, "max_position_embeddings": 256}
+    model = make_policy(tokenizer, **sizes)
     folder = tmp_path_factory.mktemp("policy")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -2,13 +2,10 @@
 
 import statistics
 
+import harness
 import pytest
 import torch
-from datasets import Dataset
-from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
-
-from proma_trl import PROMAConfig, PROMATrainer
 
 
 def digit_reward(completions, **kwargs):
@@ -16,7 +13,7 @@ def digit_reward(completions, **kwargs):
     return [sum(c.isdigit() for c in completion) / max(1, len(completion)) for completion in completions]
 
 
-def make_trainer(policy, output_dir, callbacks=None, **kwargs):
+def make_trainer(policy, output_dir, **kwargs):
     settings = {
         "use_vllm": True,
         "vllm_mode": "colocate",
@@ -27,22 +24,10 @@ def make_trainer(policy, output_dir, callbacks=None, **kwargs):
         "max_completion_length": 12,
         "learning_rate": 3e-3,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
+        "gradient_checkpointing": True,
         "model_init_kwargs": {"dtype": "float32"},
     }
-    return PROMATrainer(
-        str(policy),
-        digit_reward,
-        PROMAConfig(str(output_dir), **{**settings, **kwargs}),
-        Dataset.from_dict({"prompt": ["ab", "cde", "f", "what is 2?"] * 16}),
-        processing_class=make_tokenizer(),
-        callbacks=callbacks,
-    )
+    return harness.make_trainer(output_dir, str(policy), reward_funcs=digit_reward, **{**settings, **kwargs})
 
 
 def fresh_differences(trainer, reference):
