@@ -115,7 +115,8 @@ class GreedyEvaluation(TrainerCallback):
             self._evaluate_and_log(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if state.global_step % self.every_steps == 0:
+        # After the last step, too, here already: trackers may close their runs when training ends.
+        if state.global_step % self.every_steps == 0 or control.should_training_stop:
             self._evaluate_and_log(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:

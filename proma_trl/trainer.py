@@ -14,11 +14,12 @@ from trl import GRPOTrainer
 from .accumulation import ProjectedAccumulation
 from .config import PROMAConfig
 from .distributed import check_setup
+from .model_card import ModelCardMixin
 from .sampling import check_server
 from .sequence_grads.fused_head import check_trl, sequence_head
 
 
-class PROMATrainer(GRPOTrainer):
+class PROMATrainer(ModelCardMixin, GRPOTrainer):
     """
     Trainer for PROMA, introduced in [PROMA: Projected Microbatch Accumulation for Reference-Free Proximal Policy
     Updates](https://huggingface.co/papers/2601.10498).
@@ -75,6 +76,9 @@ class PROMATrainer(GRPOTrainer):
         if not isinstance(args, PROMAConfig):
             raise TypeError(f"`args` must be a `PROMAConfig`, got `{type(args).__name__}`.")
         check_trl()
+        settings = args.projection_settings()
+        if not settings.removes:
+            self._name, self._paper, self._tag_names = "REINFORCE", {}, ["trl", "reinforce", "proma-trl"]
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         if self.aux_loss_enabled:
             raise ValueError(
@@ -86,7 +90,9 @@ class PROMATrainer(GRPOTrainer):
             check_server(self.vllm_generation.vllm_client, self.model)
         # Ratios stay unclipped
         self.epsilon_low = self.epsilon_high = math.inf
-        settings = args.projection_settings()
+        self._card_settings = [name for name in vars(args) if name.startswith("projection")]
+        if args.projection == "none":
+            self._card_settings = ["projection"]
         self._advantages: torch.Tensor | None = None
         self._accumulation: ProjectedAccumulation | None = None
         if settings.removes:
@@ -164,42 +170,30 @@ class PROMATrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        # Between two optimizer steps on one generation, TRL would forget the completions and generate again on resume
+        # Between two optimizer steps on one generation, TRL would forget the completions and generate again on resume.
+        # They are there first, as TRL may push what it has saved.
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             checkpoint = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            rollout = {"step": self._step, "inputs": self._buffered_inputs, "ranks": self.accelerator.num_processes}
+            rollout = {
+                "global_step": self.state.global_step,
+                "ranks": self.accelerator.num_processes,
+                "step": self._step,
+                "inputs": self._buffered_inputs,
+            }
             checkpoint.mkdir(parents=True, exist_ok=True)  # each node may have a disk of its own
             torch.save(rollout, checkpoint / self._rollout_file())
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         path = Path(checkpoint or "") / self._rollout_file()
         if checkpoint is not None and path.is_file():
             rollout = torch.load(path, map_location="cpu", weights_only=True)
-            # With another number of ranks, completions would be missing or twice there: TRL generates anew
-            if rollout["ranks"] == self.accelerator.num_processes:
+            # With another number of ranks, completions would be missing or twice there: TRL generates anew. The file
+            # is another step's where checkpoints replace each other, as `last-checkpoint` on the Hub.
+            if (rollout["global_step"], rollout["ranks"]) == (self.state.global_step, self.accelerator.num_processes):
                 self._step = rollout["step"]
                 self._buffered_inputs = send_to_device(rollout["inputs"], self.accelerator.device)
 
     def _rollout_file(self) -> str:
         return f"rollout_{self.accelerator.process_index}.pt"
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """TRL's model card, with the settings of the projection added to it."""
-        super().create_model_card(model_name, dataset_name, tags)
-        path = Path(self.args.output_dir) / "README.md"
-        if not (self.is_world_process_zero() and path.is_file()):
-            return
-        names = [name for name in vars(self.args) if name.startswith("projection")]
-        rows = "\n".join(f"| `{name}` | `{getattr(self.args, name)!r}` |" for name in names)
-        section = f"### Projection\n\n| Setting | Value |\n| --- | --- |\n{rows}\n\n"
-        card = path.read_text(encoding="utf-8")
-        path.write_text(
-            card.replace("### Framework versions", section + "### Framework versions", 1), encoding="utf-8"
-        )

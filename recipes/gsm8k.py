@@ -3,25 +3,33 @@ Trains a policy on GSM8K, or on problems of its form, with PROMA or one of its b
 
     accelerate launch recipes/gsm8k.py --config recipes/configs/qwen3_0.6b_gsm8k.yaml --algorithm proma
 
-The run leaves in `output_dir`: the policy and its tokenizer, a model card, checkpoints, and `metrics.jsonl`.
+The run leaves in `output_dir`: the policy and its tokenizer, a model card, checkpoints, and `metrics.jsonl`; where
+matplotlib is installed and `kl_every` and `eval_every` are set, `figure.png`, too. `--push_to_hub` pushes them.
 """
 
 import argparse
 import dataclasses
+import gc
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+import trl
 import yaml
 from transformers import AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from proma_trl import PROMAConfig, PROMATrainer
 from proma_trl.callbacks import ACCURACY, GreedyEvaluation, JSONLMetrics
 from proma_trl.data import drop_long_prompts, load_gsm8k, solved_examples
+from proma_trl.figures import PANELS, draw_runs
+from proma_trl.model_card import FIGURE, CardDataset, ModelCardMixin
+from proma_trl.policy_metrics import PolicyMetrics
 from proma_trl.rewards import accuracy_reward, format_reward
+from proma_trl.runs import read_curves
 
 Algorithm = Literal["proma", "reinforce", "grpo"]
 
@@ -75,14 +83,44 @@ class GSM8KArguments:
     eval_samples: int | None = field(
         default=None, metadata={"help": "How many of the held-out problems to evaluate on; by default all."}
     )
+    kl_every: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps between two measurements of the KL divergence between the policies before and "
+            "after a step (`kl/local`), and from the initial policy (`kl/global`). A measurement takes about as long "
+            "as the step's training. 0 switches them off."
+        },
+    )
+    kl_lag: int | None = field(
+        default=None,
+        metadata={"help": "Also measure `kl/lagged`, from the policy as many optimizer steps earlier."},
+    )
+    kl_exact: bool = field(
+        default=False,
+        metadata={"help": "Sum KL divergences over the whole vocabulary instead of estimating them: small models."},
+    )
 
     def __post_init__(self):
-        if self.eval_every < 0:
-            raise ValueError(f"eval_every={self.eval_every} is negative. Set it to 0 for no evaluation.")
+        for name in ("eval_every", "kl_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative. Set it to 0 to switch it off.")
         if self.num_examples < 0:
             raise ValueError(f"num_examples={self.num_examples} is negative. Set it to 0 for none.")
         if self.eval_samples is not None and self.eval_samples < 1:
             raise ValueError(f"eval_samples={self.eval_samples} is not positive. Leave it out to use all problems.")
+
+
+class GRPOTrainer(ModelCardMixin, trl.GRPOTrainer):
+    """TRL's trainer. Its model card says as much as PROMA's."""
+
+    _card_settings = ("epsilon", "epsilon_high", "beta")
+
+
+def draw_figure(folder: Path, algorithm: str) -> None:
+    """Draws the run for its model card, where matplotlib is installed and all that the figure shows was measured."""
+    curves = read_curves(folder)
+    if importlib.util.find_spec("matplotlib") and curves.keys() >= PANELS.keys():
+        draw_runs({algorithm: [curves]}, folder / Path(FIGURE).stem)
 
 
 def choose_algorithm(arguments: list[str]) -> str:
@@ -193,6 +231,12 @@ def main(arguments: list[str]) -> None:
     )
     if args.eval_every > 0:
         trainer.add_callback(GreedyEvaluation(trainer, held_out, args.eval_every))
+    if args.kl_every > 0:
+        trainer.add_callback(PolicyMetrics(trainer, args.kl_every, lag=args.kl_lag, exact=args.kl_exact))
+    # A card names datasets that others can find.
+    if not os.path.exists(args.dataset_name):
+        part = f"[:{args.eval_samples}]" if args.eval_samples else ""
+        trainer.card_dataset = CardDataset(args.dataset_name, args.dataset_config, args.dataset_test_split + part)
 
     resume = {"true": True, "false": None}.get(
         str(training_args.resume_from_checkpoint).lower(), training_args.resume_from_checkpoint
@@ -202,13 +246,16 @@ def main(arguments: list[str]) -> None:
     if accuracies:
         trainer.accelerator.print(f"Greedy accuracy: {accuracies[0]:.1%} before training, {accuracies[-1]:.1%} after.")
 
-    trainer.save_model(training_args.output_dir)
-    # A card names datasets that others can find.
-    dataset_name = None if os.path.exists(args.dataset_name) else args.dataset_name
-    trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=dataset_name)
-    trainer.accelerator.print(f"Saved the policy, its card and metrics.jsonl in {training_args.output_dir}.")
+    if trainer.is_world_process_zero():
+        draw_figure(Path(training_args.output_dir), algorithm)
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
+        # Saves what it pushes.
+        trainer.push_to_hub()
+        trainer.accelerator.print(f"Pushed the run to {trainer.hub_model_id}.")
+    else:
+        trainer.save_model(training_args.output_dir)
+        trainer.create_model_card(model_name=Path(training_args.output_dir).name)
+    trainer.accelerator.print(f"Saved the policy, its card and metrics.jsonl in {training_args.output_dir}.")
     # Closes trackers and process groups, when the main process, too, has written what it has to.
     trainer.accelerator.wait_for_everyone()
     trainer.end()
@@ -216,3 +263,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    # Between CPUs, Gloo's threads end with the last reference to a process group, and need a living interpreter for it
+    gc.collect()

@@ -1,10 +1,10 @@
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import gsm8k as recipe
 import pytest
 import torch
 import yaml
@@ -16,19 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "gsm8k.py"
 
-spec = importlib.util.spec_from_file_location("gsm8k_recipe", RECIPE)
-recipe = importlib.util.module_from_spec(spec)
-sys.modules["gsm8k_recipe"] = recipe
-spec.loader.exec_module(recipe)
-
 
 def write_problems(path, numbers):
     rows = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in numbers]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.fixture
-def settings(tmp_path):
+def make_settings(tmp_path):
     """A run of two steps with a tiny random policy, as the settings of a YAML file."""
     tokenizer = make_tokenizer()
     # One digit at random is right often enough for rewards that differ.
@@ -59,6 +53,11 @@ def settings(tmp_path):
         "use_cpu": True,
         "report_to": "none",
     }
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return make_settings(tmp_path)
 
 
 def write_config(tmp_path, settings):
@@ -107,7 +106,7 @@ def test_run(tmp_path, settings, algorithm):
     assert {"rewards/accuracy_reward/mean", "rewards/format_reward/mean", "loss", "grad_norm"} <= set(train[0])
 
     card = (Path(settings["output_dir"]) / "README.md").read_text()
-    assert ("GRPO" if algorithm == "grpo" else "PROMA") in card
+    assert f"trained with {algorithm.upper()}" in card
     # The card is for others, who do not have this machine's folders.
     assert str(tmp_path) not in card
 
@@ -263,7 +262,10 @@ def test_errors_of_the_settings(tmp_path, settings, changes, error, message):
         recipe.main(["--config", write_config(tmp_path, settings | changes)])
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+CONFIGS = [path for path in sorted((ROOT / "recipes" / "configs").glob("*.yaml")) if "figure2" not in path.stem]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("algorithm", ["proma", "reinforce", "grpo"])
 def test_configs_are_valid(tmp_path, config, algorithm):
     # bf16 on a machine without a GPU needs use_cpu.

@@ -1,0 +1,172 @@
+"""
+The embedded task: word problems in the form of GSM8K, and a small policy that half knows how to solve them.
+
+Everything is generated, so it runs without network and within a minute on two CPU cores. The policy has the Qwen3
+architecture and a tokenizer of its own, and is warm-started with TRL's SFTTrainer on solutions of which some show
+their steps and most give only the final answer. It imitates what it has seen most. Rewards for right final answers
+alone then teach it to work in steps: only that gets difficult problems right.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from proma_trl.data import build_prompt
+
+WARM_START, TRAIN, HELD_OUT = 8000, 4000, 300
+STEPS_SHOWN = 0.35  # the share of the warm start's solutions that show their steps
+
+NAMES = ["Ann", "Ben", "Carla", "Dev", "Emma", "Finn", "Grace", "Hugo", "Iris", "Jack", "Kim", "Liam"]
+THINGS = ["apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "pencils", "shells", "stamps"]
+# The largest number that occurs, and how long the warm start takes: one that only has to find out that steps help, and
+# one that has to get better at the steps, too
+LEVELS = {"easy": {"largest_number": 20, "epochs": 2.5}, "hard": {"largest_number": 40, "epochs": 4}}
+
+SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|unk|>", "<|user|>", "<|assistant|>"]
+# The policy reads the question alone: its instruction would be the same for every problem.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_problem(rng: random.Random, largest_number: int = 20) -> dict[str, str]:
+    """Returns a word problem in the form of GSM8K, whose answer shows four steps and ends with `#### <number>`."""
+    name, friend = rng.sample(NAMES, 2)
+    things = rng.choice(THINGS)
+    total = rng.randint(2, max(9, largest_number // 4))
+    sentences, steps = [f"{name} has {total} {things}."], []
+    while len(steps) < 4:
+        amount = rng.randint(2, max(6, largest_number // 5))
+        sentence, operation, result = rng.choice(
+            [
+                (f"{friend} brings {amount} more.", f"+ {amount}", total + amount),
+                (f"{name} gives {amount} to {friend}.", f"- {amount}", total - amount),
+                (f"Then {name} has twice as many.", "* 2", total * 2),
+            ]
+        )
+        if 0 <= result <= largest_number:
+            sentences.append(sentence)
+            steps.append(f"{total} {operation} = {result}")
+            total = result
+    question = " ".join([*sentences, f"How many {things} does {name} have now?"])
+    return {"question": question, "answer": "\n".join([*steps, f"#### {total}"])}
+
+
+def make_problems(count: int, seed: int, largest_number: int = 20) -> list[dict[str, str]]:
+    """Returns as many problems, no two of which have the same question."""
+    rng = random.Random(seed)
+    problems = {}
+    while len(problems) < count:
+        problem = make_problem(rng, largest_number)
+        problems[problem["question"]] = problem
+    return list(problems.values())
+
+
+def make_tokenizer(problems: list[dict[str, str]]) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer whose tokens are the words, marks and numbers of the problems."""
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(" +"), behavior="removed"),
+            pre_tokenizers.Split(Regex("[.?\n]"), behavior="isolated"),
+        ]
+    )
+    texts = [text for problem in problems for text in problem.values()]
+    words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
+    vocabulary = [*SPECIAL_TOKENS, *sorted(words)]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<|unk|>"))
+    backend.pre_tokenizer = split
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        unk_token="<|unk|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_policy(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Returns a policy of the Qwen3 architecture with half a million random weights."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def warm_start(problems: list[dict[str, str]], folder: Path, seed: int, epochs: float) -> None:
+    """Trains a new policy to imitate solutions, most of which hide their steps, and saves it with its tokenizer."""
+    tokenizer = make_tokenizer(problems)
+    set_seed(seed)
+    policy = make_policy(tokenizer)
+    rng = random.Random(seed)
+    rows = []
+    for problem in problems:
+        solution = problem["answer"]
+        if rng.random() >= STEPS_SHOWN:
+            solution = solution.splitlines()[-1]
+        rows.append(
+            {
+                "prompt": build_prompt(problem["question"], conversational=True),
+                "completion": [{"role": "assistant", "content": solution}],
+            }
+        )
+    trainer = SFTTrainer(
+        model=policy,
+        args=SFTConfig(
+            output_dir=str(folder),
+            num_train_epochs=epochs,
+            per_device_train_batch_size=64,
+            learning_rate=3e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=20,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            seed=seed,
+            save_strategy="no",
+            logging_steps=50,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+def write_task(folder: Path, seed: int, level: str = "easy") -> tuple[Path, Path]:
+    """
+    Generates the task in `folder`, at one of the [`LEVELS`].
+
+    Returns:
+        `tuple[Path, Path]`: where its problems (`{train,test}.jsonl`) and its policy lie.
+    """
+    largest_number, epochs = LEVELS[level].values()
+    problems = make_problems(WARM_START + TRAIN + HELD_OUT, seed, largest_number)
+    data, policy = folder / "problems", folder / "warm_start"
+    data.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", problems[WARM_START:-HELD_OUT]), ("test", problems[-HELD_OUT:])):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    warm_start(problems[:WARM_START], policy, seed, epochs)
+    return data, policy
