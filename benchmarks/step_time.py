@@ -143,7 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
 def write(arguments: argparse.Namespace, results: list[dict]) -> None:
     """Write settings, environment and results to `arguments.output`, if it is set."""
     if arguments.output is not None:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+        settings = {key: value for key, value in vars(arguments).items() if key != "output"}
         environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         arguments.output.write_text(
             json.dumps({"settings": settings, "environment": environment, "results": results}, indent=2) + "\n"
