@@ -187,7 +187,10 @@ def table(summaries: Mapping[str, Mapping[str, float]]) -> str:
     names = ["eval_accuracy", "local_kl", "global_kl", "entropy"]
     lines = [f"| | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
     for label, summary in summaries.items():
-        cells = [f"{summary[name]:.4g} ± {summary.get(f'{name}_sd', 0):.2g}" for name in names if name in summary]
+        cells = []
+        for name in names:
+            spread = f" ± {summary[f'{name}_sd']:.2g}" if f"{name}_sd" in summary else ""
+            cells.append(f"{summary[name]:.4g}{spread}" if name in summary else "")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
