@@ -200,7 +200,8 @@ class PolicyMetrics(TrainerCallback):
             for policy, (counted, log_probs) in zip(before, self._log_probs(inputs), strict=True):
                 places += counted.sum()
                 totals["kl/local"] += policy.divergence(log_probs)[counted].sum()
-                after.append(self._keep(log_probs))
+                if others:
+                    after.append(self._keep(log_probs))
             for name, weights in others.items():
                 with self._weights(weights):
                     for policy, (counted, log_probs) in zip(after, self._log_probs(inputs), strict=True):

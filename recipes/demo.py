@@ -21,6 +21,7 @@ from pathlib import Path
 from word_problems import HELD_OUT, write_task
 
 from proma_trl.callbacks import ACCURACY
+from proma_trl.runs import read_curves
 
 RECIPES = Path(__file__).parent
 REQUIRED_RISE = 0.10
@@ -35,8 +36,7 @@ def train(folder: Path, policy: Path, problems: Path, algorithm: str, seed: int)
     command += ["--model_name_or_path", str(policy), "--dataset_name", str(problems)]
     command += ["--output_dir", str(folder), "--seed", str(seed)]
     subprocess.run(command, check=True)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    accuracies = [record[ACCURACY] for record in records if ACCURACY in record]
+    accuracies = [*read_curves(folder)[ACCURACY].values()]
     return accuracies[0], accuracies[-1]
 
 

@@ -30,7 +30,7 @@ from trl import TrlParser
 from word_problems import LEVELS, write_task
 
 from proma_trl.figures import draw_runs, draw_sweep
-from proma_trl.runs import read_curves, summarize
+from proma_trl.runs import METRICS, read_curves, summarize
 
 RECIPE = Path(__file__).parent / "gsm8k.py"
 
@@ -184,11 +184,10 @@ def execute_all(runs: Sequence[Run], max_steps: int, launcher: Sequence[str], jo
 
 def table(summaries: Mapping[str, Mapping[str, float]]) -> str:
     """The summaries as a Markdown table."""
-    names = ["eval_accuracy", "local_kl", "global_kl", "entropy"]
-    lines = [f"| | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    lines = [f"| | {' | '.join(METRICS)} |", "| --- |" + " --- |" * len(METRICS)]
     for label, summary in summaries.items():
         cells = []
-        for name in names:
+        for name in METRICS:
             spread = f" ± {summary[f'{name}_sd']:.2g}" if f"{name}_sd" in summary else ""
             cells.append(f"{summary[name]:.4g}{spread}" if name in summary else "")
         lines.append(f"| {label} | {' | '.join(cells)} |")
