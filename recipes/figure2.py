@@ -27,7 +27,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 from trl import TrlParser
-from word_problems import LEVELS, write_task
+from word_problems import LEVELS, write_problems, write_task
 
 from proma_trl.figures import draw_runs, draw_sweep
 from proma_trl.runs import METRICS, read_curves, summarize
@@ -63,7 +63,8 @@ class Figure2Arguments:
     word_problems: str | None = field(
         default=None,
         metadata={
-            "help": "Generate the embedded task of recipes/word_problems.py, and train its policy on it.",
+            "help": "Generate the problems of recipes/word_problems.py and train on them; its small policy, too, "
+            "unless model_name_or_path is set.",
             "choices": list(LEVELS),
         },
     )
@@ -247,6 +248,23 @@ def sweep(args: Figure2Arguments, options: Sequence[str], max_steps: int, launch
     print(f"Chosen: {result['chosen']:g}. Saved sweep.json, sweep.png and sweep.svg in {output}.")
 
 
+def make_task(folder: Path, level: str, options: Sequence[str]) -> list[str]:
+    """Generates problems, and a policy where the options name none. Returns the options that name what is there."""
+    own_policy = "--model_name_or_path" not in options
+    if not (folder / "complete").is_file():
+        if own_policy:
+            print("Generating problems, and warm-starting a small policy with SFTTrainer.", flush=True)
+            write_task(folder, seed=0, level=level)
+        else:
+            write_problems(folder / "problems", seed=0, level=level)
+        (folder / "complete").touch()
+    policy = ["--model_name_or_path", str(folder / "warm_start")] if own_policy else []
+    if own_policy:
+        # Nothing is needed from the network, and nothing is asked for there.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return [*policy, "--dataset_name", str(folder / "problems")]
+
+
 def main(arguments: list[str]) -> None:
     """Parses the options and runs the comparison or the sweep."""
     parser = TrlParser(
@@ -257,17 +275,7 @@ def main(arguments: list[str]) -> None:
     if not max_steps.isdigit() or int(max_steps) < 1:
         raise ValueError("max_steps is not set. Set it, so that all runs take as many optimizer steps.")
     if args.word_problems is not None:
-        # Nothing is needed from the network, and nothing is asked for there.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        task = Path(args.output_dir) / "task"
-        if not (task / "complete").is_file():
-            print("Generating problems, and warm-starting a small policy with SFTTrainer.", flush=True)
-            write_task(task, seed=0, level=args.word_problems)
-            (task / "complete").touch()
-        options = [
-            *("--model_name_or_path", str(task / "warm_start"), "--dataset_name", str(task / "problems")),
-            *options,
-        ]
+        options = [*make_task(Path(args.output_dir) / "task", args.word_problems, options), *options]
     launcher = []
     if args.accelerate_config is not None:
         launcher = ["-m", "accelerate.commands.launch", "--config_file", args.accelerate_config]

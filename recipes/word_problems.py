@@ -9,6 +9,7 @@ alone then teach it to work in steps: only that gets difficult problems right.
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
@@ -23,9 +24,24 @@ STEPS_SHOWN = 0.35  # the share of the warm start's solutions that show their st
 
 NAMES = ["Ann", "Ben", "Carla", "Dev", "Emma", "Finn", "Grace", "Hugo", "Iris", "Jack", "Kim", "Liam"]
 THINGS = ["apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "pencils", "shells", "stamps"]
-# The largest number that occurs, and how long the warm start takes: one that only has to find out that steps help, and
-# one that has to get better at the steps, too
-LEVELS = {"easy": {"largest_number": 20, "epochs": 2.5}, "hard": {"largest_number": 40, "epochs": 4}}
+
+
+@dataclass(frozen=True)
+class Level:
+    """How difficult problems are, and how long the small policy's warm start takes on them."""
+
+    largest_number: int
+    steps: int
+    epochs: float
+
+
+# On "easy" the small policy only has to find out that steps help; on "hard" it has to get better at them, too. "short"
+# is for pretrained models of a hundred million weights.
+LEVELS = {
+    "easy": Level(largest_number=20, steps=4, epochs=2.5),
+    "hard": Level(largest_number=40, steps=4, epochs=4),
+    "short": Level(largest_number=20, steps=1, epochs=2.5),
+}
 
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|unk|>", "<|user|>", "<|assistant|>"]
 # The policy reads the question alone: its instruction would be the same for every problem.
@@ -38,13 +54,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_problem(rng: random.Random, largest_number: int = 20) -> dict[str, str]:
-    """Returns a word problem in the form of GSM8K, whose answer shows four steps and ends with `#### <number>`."""
+def make_problem(rng: random.Random, largest_number: int, steps_to_take: int) -> dict[str, str]:
+    """Returns a word problem in the form of GSM8K, whose answer shows its steps and ends with `#### <number>`."""
     name, friend = rng.sample(NAMES, 2)
     things = rng.choice(THINGS)
     total = rng.randint(2, max(9, largest_number // 4))
     sentences, steps = [f"{name} has {total} {things}."], []
-    while len(steps) < 4:
+    while len(steps) < steps_to_take:
         amount = rng.randint(2, max(6, largest_number // 5))
         sentence, operation, result = rng.choice(
             [
@@ -61,12 +77,12 @@ def make_problem(rng: random.Random, largest_number: int = 20) -> dict[str, str]
     return {"question": question, "answer": "\n".join([*steps, f"#### {total}"])}
 
 
-def make_problems(count: int, seed: int, largest_number: int = 20) -> list[dict[str, str]]:
+def make_problems(count: int, seed: int, level: Level = LEVELS["easy"]) -> list[dict[str, str]]:
     """Returns as many problems, no two of which have the same question."""
     rng = random.Random(seed)
     problems = {}
     while len(problems) < count:
-        problem = make_problem(rng, largest_number)
+        problem = make_problem(rng, level.largest_number, level.steps)
         problems[problem["question"]] = problem
     return list(problems.values())
 
@@ -155,6 +171,15 @@ def warm_start(problems: list[dict[str, str]], folder: Path, seed: int, epochs: 
     trainer.save_model()
 
 
+def write_problems(folder: Path, seed: int, level: str) -> list[dict[str, str]]:
+    """Writes a level's problems as `{train,test}.jsonl`; returns others like them, for a warm start."""
+    problems = make_problems(WARM_START + TRAIN + HELD_OUT, seed, LEVELS[level])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", problems[WARM_START:-HELD_OUT]), ("test", problems[-HELD_OUT:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return problems[:WARM_START]
+
+
 def write_task(folder: Path, seed: int, level: str = "easy") -> tuple[Path, Path]:
     """
     Generates the task in `folder`, at one of the [`LEVELS`].
@@ -162,11 +187,6 @@ def write_task(folder: Path, seed: int, level: str = "easy") -> tuple[Path, Path
     Returns:
         `tuple[Path, Path]`: where its problems (`{train,test}.jsonl`) and its policy lie.
     """
-    largest_number, epochs = LEVELS[level].values()
-    problems = make_problems(WARM_START + TRAIN + HELD_OUT, seed, largest_number)
     data, policy = folder / "problems", folder / "warm_start"
-    data.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", problems[WARM_START:-HELD_OUT]), ("test", problems[-HELD_OUT:])):
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    warm_start(problems[:WARM_START], policy, seed, epochs)
+    warm_start(write_problems(data, seed, level), policy, seed, LEVELS[level].epochs)
     return data, policy

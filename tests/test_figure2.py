@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 
 import figure2
@@ -117,6 +118,28 @@ def test_sweep_chooses_by_the_mean_over_algorithms(tmp_path, stub, capsys):
     assert "Chosen: 0.0001" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("own_policy", [True, False])
+def test_generated_problems(tmp_path, stub, monkeypatch, own_policy):
+    """With a policy of one's own, no other is trained, and the Hub stays within reach."""
+    made = []
+    monkeypatch.setattr(
+        figure2, "write_task", lambda folder, **kwargs: (made.append("task"), folder.mkdir(parents=True))
+    )
+    monkeypatch.setattr(
+        figure2, "write_problems", lambda folder, **kwargs: (made.append("problems"), folder.mkdir(parents=True))
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    options = [] if own_policy else ["--model_name_or_path", "some/model"]
+    for _ in range(2):
+        figure2.main([*stub, *options, "--word_problems", "short", "--seeds", "0", "--algorithms", "proma"])
+    assert made == ["task" if own_policy else "problems"]
+    task = tmp_path / "out" / "task"
+    settings = json.loads((tmp_path / "out" / "seed_0" / "proma" / "settings.json").read_text())
+    assert settings["--dataset_name"] == str(task / "problems")
+    assert settings["--model_name_or_path"] == (str(task / "warm_start") if own_policy else "some/model")
+    assert os.environ["HF_HUB_OFFLINE"] == ("1" if own_policy else "0")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -135,7 +158,8 @@ def test_errors(tmp_path, stub, options, message):
 def test_configs_are_valid(tmp_path, monkeypatch, config):
     """What they hand to the recipe, it takes."""
     given = []
-    monkeypatch.setattr(figure2, "write_task", lambda *arguments, **kwargs: (tmp_path / "task").mkdir())
+    for name in ("write_task", "write_problems"):
+        monkeypatch.setattr(figure2, name, lambda folder, **kwargs: folder.mkdir(parents=True))
     monkeypatch.setattr(figure2, "execute_all", lambda runs, *rest: given.extend(runs))
     monkeypatch.setattr(figure2, "read_curves", lambda folder: {"entropy": {1: 1.0}})
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

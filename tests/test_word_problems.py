@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -23,6 +24,19 @@ def test_problems_are_solved_by_their_steps(problems):
             total = {"+": int(left) + int(right), "-": int(left) - int(right), "*": int(left) * int(right)}[operation]
             assert int(result) == total
         assert final == f"#### {total}" == f"#### {gold_answer(problem['answer'])}"
+
+
+@pytest.mark.parametrize("level", word_problems.LEVELS)
+def test_levels(tmp_path, level):
+    warm_start = word_problems.write_problems(tmp_path, seed=0, level=level)
+    rows = [json.loads(line) for name in ("train", "test") for line in (tmp_path / f"{name}.jsonl").open()]
+    assert len(rows) == word_problems.TRAIN + word_problems.HELD_OUT
+    questions = {row["question"] for row in [*warm_start, *rows]}
+    assert len(questions) == len(warm_start) + len(rows)
+    expected = word_problems.LEVELS[level]
+    assert {len(row["answer"].splitlines()) - 1 for row in rows} == {expected.steps}
+    numbers = [int(number) for row in rows for number in re.findall(r"\d+", row["answer"])]
+    assert max(numbers) == expected.largest_number
 
 
 def test_held_out_problems_are_others(problems):
