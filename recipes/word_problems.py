@@ -40,7 +40,7 @@ class Level:
 LEVELS = {
     "easy": Level(largest_number=20, steps=4, epochs=2.5),
     "hard": Level(largest_number=40, steps=4, epochs=4),
-    "short": Level(largest_number=20, steps=1, epochs=2.5),
+    "short": Level(largest_number=18, steps=1, epochs=2.5),
 }
 
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|unk|>", "<|user|>", "<|assistant|>"]
