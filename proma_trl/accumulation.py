@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .distributed import SCOPES, Gradients, Scope, gradients_for, is_distributed, scope_for
-from .projection import ProjectionSettings, Solution, rank_tolerance, solve
+from .projection import ProjectionSettings, Solution, noise_ratio, rank_tolerance, solve
 from .sequence_grads.factored import Dense, Rows, SequenceGrads, sum_dtype
 from .sequence_grads.layers import ONE_SEQUENCE, Layer, layer_for
 from .sequence_grads.probe import whole_shape
@@ -296,10 +296,19 @@ class ProjectedAccumulation:
     def _read_shape(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._recording:
             self._microbatch.read_shape(args, kwargs)
+            self._microbatch.autocast_dtype = self._autocast_dtype()
         elif (
             self._microbatch is not None and torch._C._current_graph_task_id() == -1 and self._microbatch.backward_runs
         ):
             self._microbatch = None  # an exception broke its backward pass off
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        # Accelerate's autocast begins within the model's forward pass, after its hooks
+        prepared = getattr(self.accelerator, "mixed_precision", "no")
+        if prepared != "no":
+            return torch.float16 if prepared == "fp16" else torch.bfloat16
+        device = next(self.model.parameters()).device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def _enter(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         microbatch = self._active()
@@ -358,7 +367,8 @@ class ProjectedAccumulation:
         ranges = self._ranges(leaf, whole_shape(param) or (1,))
         with torch.no_grad(), torch.autocast(leaf.device.type, enabled=False):
             if self.settings.removes and self._scope.holds(param):
-                emission, solution = self._project(leaf, param, parts, ranges, microbatch.num_sequences)
+                precision = _coarser(leaf.dtype, microbatch.autocast_dtype)
+                emission, solution = self._project(leaf, param, parts, ranges, microbatch.num_sequences, precision)
                 microbatch.solutions.append(solution)
             else:
                 emission = _combine(parts, microbatch.advantages.to(leaf.device))
@@ -380,6 +390,7 @@ class ProjectedAccumulation:
         parts: list[SequenceGrads],
         ranges: list[tuple[int, int]],
         k: int,
+        precision: torch.dtype,
     ) -> tuple[torch.Tensor, Solution]:
         scope, dtype, device = self._scope, sum_dtype(leaf), leaf.device
         shape = whole_shape(param) or (1,)
@@ -411,7 +422,8 @@ class ProjectedAccumulation:
             overlaps.append((sequences @ counterpart.to(gram_dtype)).to(wide))
         sums = scope.total(_total(gram), _total(overlaps), scope.norm_sq(param, dtype).to(wide))
         tolerance = rank_tolerance(len(scope.advantages), gram_dtype, dtype)
-        solution = solve(*sums, scope.advantages.to(device, wide), self.settings, tolerance)
+        noise = noise_ratio(precision)
+        solution = solve(*sums, scope.advantages.to(device, wide), self.settings, tolerance, noise)
         coefficients = scope.own(solution.coefficients).to(dtype)
         if len(ranges) == 1:
             emission = (coefficients @ grads).view(-1, *shape[1:])
@@ -487,6 +499,7 @@ class Microbatch:
         num_sequences (`int`): k, read from the model's input; 0 until then.
         num_tokens (`int` or `None`): Length T of the input's sequences, where it consists of tokens.
         advantages (`(k,)`): Coefficients of the policy gradient.
+        autocast_dtype (`torch.dtype` or `None`): What the forward pass is autocast to.
     """
 
     def __init__(self, accumulation: ProjectedAccumulation):
@@ -494,6 +507,7 @@ class Microbatch:
         self.num_sequences = 0
         self.num_tokens: int | None = None
         self.advantages: torch.Tensor | None = None
+        self.autocast_dtype: torch.dtype | None = None
         self.backward_runs = False
         self.uses: Counter[nn.Parameter] = Counter()
         self.remaining: dict[nn.Parameter, int] = {}
@@ -589,6 +603,10 @@ def _gram(grads: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     k, n = grads.shape
     pieces = grads.view(k, math.gcd(n, 64), -1).transpose(0, 1)
     return torch.bmm(pieces, pieces.mT).sum(0, dtype=dtype)
+
+
+def _coarser(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
+    return dtype if other is None else max(dtype, other, key=lambda x: torch.finfo(x).eps)
 
 
 def _total(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -5,12 +5,16 @@ from collections.abc import Callable
 
 import torch
 
+# Relative to a tensor's longest sequence gradient, shorter ones are rounding noise in float64
+NOISE = 1e-12
+
 
 def remove(acc, sequences, policy, *, method="iterative", sweeps=2, bound=0.5, strength=1.0):
     """`acc - strength * bound(P(acc))` for flat vectors: `acc` (n,), `sequences` list of (n,), `policy` (n,)."""
     if method == "none":
         return acc
-    units = [s / s.norm() for s in sequences if s.norm() > 0]
+    longest = max(s.norm() for s in sequences)
+    units = [s / s.norm() for s in sequences if s.norm() > NOISE * longest]
     if method == "exact":
         basis = []
         for u in units:  # Gram-Schmidt, twice for accuracy

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from proma_trl import ProjectionSettings
-from proma_trl.projection import project_exact, project_iterative, rank_tolerance, solve
+from proma_trl.projection import noise_ratio, project_exact, project_iterative, rank_tolerance, solve
 
 TOLERANCE = rank_tolerance(8, torch.float64, torch.float64)
+NOISE = noise_ratio(torch.float64)
 
 
 def random_vectors(k, n, seed=0):
@@ -34,16 +35,18 @@ def case(name):
         vectors = vectors[:, :5].contiguous()
     elif name == "one":
         vectors = vectors[:1]
+    elif name == "noise":
+        vectors[[2, 5]] *= 1e-15
     elif name == "scales":
-        vectors = vectors * torch.logspace(-12, 12, 8, dtype=torch.float64).unsqueeze(1)
+        vectors = vectors * torch.logspace(-5, 5, 8, dtype=torch.float64).unsqueeze(1)
     return vectors
 
 
-CASES = ["random", "duplicated", "zero", "all-zero", "near-parallel", "close", "k>d", "one", "scales"]
+CASES = ["random", "duplicated", "zero", "all-zero", "near-parallel", "close", "k>d", "one", "noise", "scales"]
 
 
 def run(acc, sequences, advantages, settings):
-    solution = solve(sequences @ sequences.T, sequences @ acc, acc @ acc, advantages, settings, TOLERANCE)
+    solution = solve(sequences @ sequences.T, sequences @ acc, acc @ acc, advantages, settings, TOLERANCE, NOISE)
     return acc + solution.coefficients @ sequences, solution
 
 
