@@ -11,9 +11,10 @@ that is needed: a parameter's gradient is that of the sequence, whatever the arc
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -22,11 +23,20 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .distributed import SCOPES, Gradients, Scope, gradients_for, is_distributed, scope_for
+from .distributed import (
+    SCOPES,
+    Gradients,
+    Scope,
+    gradients_for,
+    is_distributed,
+    reduces_in_backward,
+    scope_for,
+)
 from .projection import ProjectionSettings, Solution, noise_ratio, rank_tolerance, solve
 from .sequence_grads.factored import Dense, Rows, SequenceGrads, sum_dtype
-from .sequence_grads.layers import ONE_SEQUENCE, Layer, layer_for
-from .sequence_grads.probe import whole_shape
+from .sequence_grads.layers import ONE_SEQUENCE, Layer, foreign_modules, layer_for
+from .sequence_grads.probe import runs_as, whole_shape
+from .validation import check_choice, check_real, check_whole
 
 _GIB = 2**30
 
@@ -92,12 +102,9 @@ class ProjectedAccumulation:
         scope: str = "local",
         accumulator_dtype: torch.dtype = torch.float32,
     ):
-        if microbatch_size < 1:
-            raise ValueError(f"`microbatch_size` must be at least 1, got {microbatch_size}.")
-        if not memory_budget > 0:
-            raise ValueError(f"`memory_budget` must be a positive number of GiB, got {memory_budget}.")
-        if scope not in SCOPES:
-            raise ValueError(f"`scope` must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
+        check_whole("microbatch_size", microbatch_size)
+        check_real("memory_budget", memory_budget, "a positive, finite number of GiB", low=sys.float_info.min)
+        check_choice("scope", scope, SCOPES)
         if scope == "global" and accelerator is None:
             raise ValueError('`scope="global"` needs the `accelerator`, which says where an accumulation ends.')
         self.model = model
@@ -113,7 +120,7 @@ class ProjectedAccumulation:
         self._handles: list = []
         self._layers: list[Layer] = []
         self._hooked: dict[nn.Parameter, str] = {}
-        self._trainable: dict[str, bool] = {}
+        self._trainable: dict[str, object] = {}
         self._gradients: Gradients | None = None
         self._scope: Scope | None = None
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
@@ -181,6 +188,61 @@ class ProjectedAccumulation:
             value = (objective.detach() * microbatch.advantages).sum()
         return _Seed.apply(objective, value.detach(), microbatch)
 
+    def check_sequences(
+        self, objective: Callable[[torch.Tensor, Microbatch | None], torch.Tensor], num_sequences: int
+    ) -> None:
+        """
+        Check on a microbatch that the sequence gradients `s_i` are what they should be: for random `r`,
+        `sum_i r_i s_i` is the ordinary gradient of `sum_i r_i objective_i`. It takes two forward and backward passes,
+        leaves the model's gradients alone, and does nothing with one sequence a microbatch, or where DeepSpeed or FSDP
+        reduce gradients within the backward pass.
+
+        Args:
+            objective (`Callable`): Runs the forward pass; `objective(weights, microbatch)` returns
+                `sum_i weights_i objective_i` for weights of shape `(k,)`. `microbatch` is `None` in an ordinary pass.
+            num_sequences (`int`): k.
+
+        Raises:
+            RuntimeError: If a parameter's sequence gradients are wrong, with its name.
+        """
+        params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.microbatch_size == 1 or num_sequences == 1 or reduces_in_backward(self.model, self.accelerator):
+            return
+        device = next(iter(params.values())).device
+        generator = torch.Generator().manual_seed(0)
+        signs = 1 - 2 * torch.randint(2, (num_sequences,), generator=generator)
+        weights = (signs * (0.5 + torch.rand(num_sequences, generator=generator))).to(device)
+        held = {name: param.grad for name, param in params.items()}
+
+        def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
+            for param in params.values():
+                param.grad = None
+            loss.backward()
+            return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in params.items()}
+
+        try:
+            # Both passes draw the same random numbers, and those that come after draw what they would have drawn
+            with random_numbers_kept(device):
+                want = gradients(objective(weights, None))
+            with random_numbers_kept(device):
+                with self.capture() as microbatch:
+                    total = objective(torch.ones_like(weights), microbatch)
+                got = gradients(self.loss(total, weights, value=total.detach()))
+        finally:
+            for name, param in params.items():
+                param.grad = held[name]
+            if self._scope is not None:
+                self._scope.end()
+        precision = _coarser(next(iter(params.values())).dtype, microbatch.autocast_dtype)
+        wrong = _differing(got, want, precision)
+        if wrong:
+            shown = ", ".join(f"`{name}`" for name in wrong[:8]) + (f" and {len(wrong) - 8} more" if wrong[8:] else "")
+            raise RuntimeError(
+                f"The gradients of single sequences are wrong for {shown}: weighted and summed, they are not the "
+                "gradient of the weighted sum. A layer mixes the sequences of a microbatch, or orders them in another "
+                f"way, or a registered rule is wrong. Train with {ONE_SEQUENCE}, or freeze these parameters."
+            )
+
     def pop_metrics(self) -> dict[str, float]:
         """
         What the projection did since the last call, averaged over microbatches (first ones of a step, which have
@@ -206,9 +268,12 @@ class ProjectedAccumulation:
         self._trainable = {}
         self._gradients = self._scope = None
 
-    def _signature(self) -> dict[str, bool]:
+    def _signature(self) -> dict[str, object]:
         # By name, as FSDP exchanges the parameters themselves, and may hold a tied one twice
-        return {name: param.requires_grad for name, param in self.model.named_parameters(remove_duplicate=False)}
+        trained = {name: param.requires_grad for name, param in self.model.named_parameters(remove_duplicate=False)}
+        # Kernels can replace classes or single modules' `forward` after this was made, as Liger's do in `train`
+        runs = {layer.name: runs_as(layer.module) for layer in self._layers}
+        return {**trained, **runs}
 
     def _attach(self) -> None:
         previous = _FOLLOWED.get(self.model, lambda: None)()
@@ -227,11 +292,12 @@ class ProjectedAccumulation:
         layers: list[Layer] = []
         followed: set[nn.Parameter] = set()
         without_rule = []
+        foreign = foreign_modules(self.model)
         for name, module in self.model.named_modules():
             params = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
             if not params:
                 continue
-            layer = layer_for(name, module, tuple(params))
+            layer = foreign.get(module) or layer_for(name, module, tuple(params))
             if isinstance(layer, str):
                 line = f"`{name or 'the model itself'}` ({type(module).__name__}): {layer}"
                 without_rule.append((params, line))
@@ -603,6 +669,24 @@ def _gram(grads: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     k, n = grads.shape
     pieces = grads.view(k, math.gcd(n, 64), -1).transpose(0, 1)
     return torch.bmm(pieces, pieces.mT).sum(0, dtype=dtype)
+
+
+@contextmanager
+def random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """What comes after the context draws the random numbers that it would have drawn without it."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        yield
+
+
+def _differing(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], precision: torch.dtype) -> list[str]:
+    """Names of gradients that differ by more than rounding, which is large beside a gradient that should be zero."""
+    half = torch.finfo(precision).eps > 1e-6
+    relative, noise = (0.1, 4e-3) if half else (1e-3, 1e-5)
+    norms = torch.stack([grad.norm() for grad in want.values()]).to("cpu", torch.float64)
+    errors = torch.stack([(got[name] - grad).norm() for name, grad in want.items()]).to("cpu", torch.float64)
+    bounds = relative * norms + noise * norms.max()
+    return [name for name, bad in zip(want, (~(errors <= bounds)).tolist(), strict=True) if bad]
 
 
 def _coarser(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:

@@ -1,12 +1,14 @@
 """`PROMAConfig`: GRPO's settings with those of the projection, without those that PROMA has no use for."""
 
 import math
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import GRPOConfig
 
 from .projection import ProjectionSettings
+from .validation import check_choice, check_real, check_whole
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
@@ -46,6 +48,9 @@ class PROMAConfig(GRPOConfig):
     use for (KL penalty, clipping, entropy bonus) must keep their defaults.
 
     Parameters:
+        gradient_accumulation_steps (`int`, *optional*, defaults to `16`):
+            Number of microbatches in an optimizer step. The projection acts between them, so that with `1` (GRPO's
+            default) there is nothing to project, and training is REINFORCE.
         projection (`str`, *optional*, defaults to `"iterative"`):
             How the accumulated gradient is projected off a microbatch's sequence gradients. `"iterative"`: sweeps of
             one-sequence projections, as in the paper's experiments. `"exact"`: the orthogonal projection onto their
@@ -69,6 +74,13 @@ class PROMAConfig(GRPOConfig):
             with a local scope, where DeepSpeed keeps but a shard of everyone's average.
     """
 
+    gradient_accumulation_steps: int = field(
+        default=16,
+        metadata={
+            "help": "Number of microbatches in an optimizer step. The projection acts between them, so that with 1 "
+            "(GRPO's default) there is nothing to project, and training is REINFORCE."
+        },
+    )
     projection: str = field(
         default="iterative",
         metadata={
@@ -119,21 +131,36 @@ class PROMAConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.projection_bound == math.inf:
+        if isinstance(self.projection_bound, float) and self.projection_bound == math.inf:
             self.projection_bound = None
-        self.projection_settings()
-        if not self.projection_memory_budget > 0:
-            raise ValueError(
-                f"`projection_memory_budget` must be a positive number of GiB, got {self.projection_memory_budget}."
-            )
-        for name in ("projection_scope", "projection_accumulator_dtype"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}."
-                )
+        self._check_projection()
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
+            setattr(self, name, check_whole(name, getattr(self, name)))
         super().__post_init__()
         self._refuse_unused()
+
+    def _check_projection(self) -> None:
+        for name in ("projection", "projection_scope", "projection_accumulator_dtype"):
+            check_choice(name, getattr(self, name), self.__dataclass_fields__[name].metadata["choices"])
+        self.projection_sweeps = check_whole(
+            "projection_sweeps", self.projection_sweeps, 'To remove nothing, set `projection="none"`.'
+        )
+        if self.projection_bound is not None:
+            self.projection_bound = check_real(
+                "projection_bound",
+                self.projection_bound,
+                "a finite number of at least 0",
+                way_out="For an unbounded projection, set `projection_bound=None` (on a command line, `inf`).",
+            )
+        self.projection_strength = check_real(
+            "projection_strength", self.projection_strength, "a number between 0 and 1", high=1.0
+        )
+        self.projection_memory_budget = check_real(
+            "projection_memory_budget",
+            self.projection_memory_budget,
+            "a positive, finite number of GiB",
+            low=sys.float_info.min,
+        )
 
     def projection_settings(self) -> ProjectionSettings:
         """The settings of the projection, validated."""

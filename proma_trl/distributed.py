@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -321,91 +321,25 @@ def scope_for(
     """
     if scope == "global" and accelerator is not None and accelerator.num_processes > 1:
         return GlobalScope(size)
-    if _is_deepspeed(accelerator) and not isinstance(gradients, ZeroOneGradients):
+    if is_deepspeed(accelerator) and not isinstance(gradients, ZeroOneGradients):
         return RankLocalScope(dtype)
     return LocalScope(gradients.read)
 
 
-def _is_deepspeed(accelerator: Accelerator | None) -> bool:
+def reduces_in_backward(model: nn.Module, accelerator: Accelerator | None) -> bool:
+    """Whether gradients can't be had from a backward pass of its own: DeepSpeed, FSDP."""
+    return is_deepspeed(accelerator) or any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def is_deepspeed(accelerator: Accelerator | None) -> bool:
+    """Whether DeepSpeed has the model."""
     return accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def _is_zero_one(accelerator: Accelerator | None) -> bool:
-    if not _is_deepspeed(accelerator):
+    if not is_deepspeed(accelerator):
         return False
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     optimizer = accelerator.deepspeed_engine_wrapped.engine.optimizer
     return isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.partition_gradients
-
-
-def check_setup(accelerator: Accelerator, num_gpus: int, model: nn.Module) -> None:
-    """
-    Check, before training, that gradients are made and reduced as the projection needs it.
-
-    Args:
-        accelerator (`Accelerator`): What will prepare the model.
-        num_gpus (`int`): GPUs of this one process; more than one mean `torch.nn.DataParallel`.
-        model (`nn.Module`): What will be trained.
-
-    Raises:
-        ValueError: If not, with the way out.
-    """
-    for problem, way_out in _problems(accelerator, num_gpus, model):
-        raise ValueError(
-            f'PROMA\'s projection does not work with {problem}. {way_out} Or set `projection="none"`, which is '
-            "REINFORCE."
-        )
-
-
-def _problems(accelerator: Accelerator, num_gpus: int, model: nn.Module) -> Iterator[tuple[str, str]]:
-    data_parallel = "Use data parallelism: DDP, DeepSpeed ZeRO or FSDP2, as in `recipes/accelerate`."
-    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        yield (
-            "a compiled model, whose layers run past the hooks that collect sequence gradients",
-            "Launch without `--dynamo_backend` (unset `ACCELERATE_DYNAMO_BACKEND`).",
-        )
-    if num_gpus > 1:
-        yield (
-            f"`torch.nn.DataParallel` on {num_gpus} GPUs",
-            f"Launch one process a GPU (`accelerate launch --num_processes {num_gpus}`), or use one GPU "
-            "(`CUDA_VISIBLE_DEVICES=0`).",
-        )
-    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
-        yield "Megatron-LM, whose engine runs the backward pass by itself", data_parallel
-    parallelism = accelerator.parallelism_config
-    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
-        yield "tensor, context or sequence parallelism, which spread a sequence's gradient over ranks", data_parallel
-    loaded = getattr(getattr(model, "config", None), "distributed_config", None)
-    if loaded is not None and ((loaded.pp_size or 1) > 1 or (loaded.dp_replicate_size or 1) > 1):
-        yield (
-            "transformers' `DistributedConfig` of several pipeline stages or replicas of shards, which reduce "
-            "gradients within an accumulation",
-            "Set `fsdp_size` alone.",
-        )
-    if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
-        yield (
-            "`sync_each_batch`, which averages over ranks what they have yet to project",
-            "Leave it out of `accelerator_config`'s `gradient_accumulation_kwargs`.",
-        )
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        yield "FSDP version 1, which flattens parameters", "Set `fsdp_version: 2` in Accelerate's configuration."
-    if _is_deepspeed(accelerator):
-        yield from _deepspeed_problems(accelerator.state.deepspeed_plugin.deepspeed_config, data_parallel)
-
-
-def _deepspeed_problems(config: dict, data_parallel: str) -> Iterator[tuple[str, str]]:
-    zero = config.get("zero_optimization", {})
-    for name in ("zero_quantized_gradients", "zenflow"):
-        if zero.get(name):
-            yield (
-                f"DeepSpeed's `{name}`, under which gradients are not what the backward pass emits",
-                f"Leave `zero_optimization.{name}` out of DeepSpeed's configuration.",
-            )
-    if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1 or "pipeline" in config:
-        yield "DeepSpeed's pipeline or tensor parallelism", data_parallel
-    if config.get("compile", {}).get("deepcompile"):
-        yield (
-            "DeepCompile, whose graphs run past the hooks that collect sequence gradients",
-            "Leave `compile` out of DeepSpeed's configuration.",
-        )

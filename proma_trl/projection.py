@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 
+from .validation import check_choice, check_real, check_whole
+
 METHODS = ("iterative", "exact", "none")
 
 
@@ -51,20 +53,12 @@ class ProjectionSettings:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"`projection` must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}.")
-        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 1:
-            raise ValueError(
-                f"`projection_sweeps` must be a whole number of at least 1, got {self.sweeps!r}. To remove nothing, "
-                'set `projection="none"`.'
-            )
-        if self.bound is not None and not 0 <= self.bound < float("inf"):
-            raise ValueError(
-                f"`projection_bound` must be a finite number of at least 0, got {self.bound!r}. For an unbounded "
-                "projection, set `projection_bound=None`."
-            )
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"`projection_strength` must lie between 0 and 1, got {self.strength!r}.")
+        check_choice("method", self.method, METHODS)
+        check_whole("sweeps", self.sweeps, 'To remove nothing, set `method="none"`.')
+        if self.bound is not None:
+            way_out = "For an unbounded projection, set `bound=None`."
+            check_real("bound", self.bound, "a finite number of at least 0", way_out=way_out)
+        check_real("strength", self.strength, "a number between 0 and 1", high=1.0)
 
     @property
     def removes(self) -> bool:
@@ -250,7 +244,8 @@ def project_iterative(vector: torch.Tensor, sequences: torch.Tensor, sweeps: int
 
     Args:
         vector (`(n,)`): What is projected.
-        sequences (`(k, n)`): Vectors whose directions are removed, in this order; zero ones and [rounding noise](noise_ratio) are skipped.
+        sequences (`(k, n)`): Vectors whose directions are removed, in this order; zero ones are skipped, and those
+            that are [rounding noise](noise_ratio) beside the longest.
         sweeps (`int`, defaults to `2`): Number of passes over the rows.
 
     Returns:

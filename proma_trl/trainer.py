@@ -1,22 +1,68 @@
 """`PROMATrainer`: TRL's `GRPOTrainer` with REINFORCE as its loss and the projected accumulation beneath it."""
 
+import logging
 import math
 import textwrap
-from contextlib import nullcontext
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from .accumulation import ProjectedAccumulation
+from .accumulation import Microbatch, ProjectedAccumulation, random_numbers_kept
 from .config import PROMAConfig
-from .distributed import check_setup
 from .model_card import ModelCardMixin
 from .sampling import check_server
 from .sequence_grads.fused_head import check_trl, sequence_head
+from .setup_checks import check_setup, settings_without_effect
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def replaced(instance: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the context, an object has another attribute than its own or its class's."""
+    own = vars(instance).get(name, instance)
+    setattr(instance, name, value)
+    try:
+        yield
+    finally:
+        if own is instance:
+            delattr(instance, name)
+        else:
+            setattr(instance, name, own)
+
+
+@contextmanager
+def recorded(instance: Any, name: str) -> Iterator[dict[str, Any]]:
+    """Within the context, what a method returns is kept as `"result"`."""
+    method, results = getattr(instance, name), {}
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        results["result"] = method(*args, **kwargs)
+        return results["result"]
+
+    with replaced(instance, name, recording):
+        yield results
+
+
+class _LogAtStart(TrainerCallback):
+    """Logs warnings when a run begins, where its other messages are read."""
+
+    def __init__(self, messages: list[str]):
+        self.messages = messages
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        for message in self.messages:
+            logger.warning(message)
 
 
 class PROMATrainer(ModelCardMixin, GRPOTrainer):
@@ -68,7 +114,21 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
     }
 
     def __init__(
-        self, model: Any, reward_funcs: Any = None, args: PROMAConfig | None = None, *rest: Any, **kwargs: Any
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any = None,
+        args: PROMAConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Any = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -77,9 +137,26 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             raise TypeError(f"`args` must be a `PROMAConfig`, got `{type(args).__name__}`.")
         check_trl()
         settings = args.projection_settings()
-        if not settings.removes:
+        # With one microbatch a step there is nothing to project
+        projects = settings.removes and args.gradient_accumulation_steps > 1
+        if not projects:
             self._name, self._paper, self._tag_names = "REINFORCE", {}, ["trl", "reinforce", "proma-trl"]
-        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            reward_processing_classes,
+            callbacks,
+            optimizers,
+            quantization_config,
+            peft_config,
+            tools,
+            rollout_func,
+            environment_factory,
+        )
         if self.aux_loss_enabled:
             raise ValueError(
                 "The model's configuration declares a load-balancing loss (`router_aux_loss_coef`), which is not a "
@@ -88,12 +165,18 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             )
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             check_server(self.vllm_generation.vllm_client, self.model)
+        without_effect = settings_without_effect(args, self.accelerator)
+        if without_effect and self.accelerator.is_main_process:
+            for message in without_effect:
+                warnings.warn(message, stacklevel=2)
+            self.add_callback(_LogAtStart(without_effect))
         # Ratios stay unclipped
         self.epsilon_low = self.epsilon_high = math.inf
-        self._card_settings = [name for name in vars(args) if name.startswith("projection")]
         if args.projection == "none":
             self._card_settings = ["projection"]
-        self._advantages: torch.Tensor | None = None
+        elif projects:
+            self._card_settings = [name for name in vars(args) if name.startswith("projection")]
+        self._checked = False
         self._accumulation: ProjectedAccumulation | None = None
         if settings.removes:
             check_setup(self.accelerator, args.n_gpu, self.model)
@@ -109,7 +192,6 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         training = self.model.training
-        self._advantages = inputs["advantages"]
         if training and self._accumulation is not None:
             loss = self._projected_loss(model, inputs)
         else:
@@ -128,22 +210,94 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
                 "then no sum of multiples of the sequences' log-probability gradients, and PROMA can't project it. "
                 "Give one advantage a sequence, or use `GRPOTrainer`."
             )
-        ones = torch.ones_like(advantages, requires_grad=True)
-        with self._accumulation.capture() as microbatch:
-            single = self._accumulation.microbatch_size == 1
-            with nullcontext() if single else sequence_head(microbatch, inputs["completion_ids"].size(1)):
+        with self._off_policy_mask_by(advantages):
+            if not self._checked:
+                self._checked = True
+                self._check_first_microbatch(model, inputs)
+            ones = torch.ones_like(advantages, requires_grad=True)
+            with self._accumulation.capture() as microbatch, self._head(microbatch, inputs):
                 objective = super()._compute_loss(model, {**inputs, "advantages": ones})
-        (shares,) = torch.autograd.grad(objective, ones, retain_graph=True)
+            (shares,) = torch.autograd.grad(objective, ones, retain_graph=True)
         return self._accumulation.loss(objective, advantages, value=(shares * advantages).sum())
 
-    def get_off_policy_mask(self, advantages: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        # The mask keeps sequences by the sign of their advantages, which `_projected_loss` set to one
-        return GRPOTrainer.get_off_policy_mask(advantages=self._advantages.view_as(advantages), **kwargs)
+    def _head(self, microbatch: Microbatch, inputs: dict[str, Any]) -> AbstractContextManager:
+        """The fused LM head, with sequence gradients where these are not simply the microbatch's."""
+        if self._accumulation.microbatch_size == 1:
+            return nullcontext()
+        return sequence_head(microbatch, inputs["completion_ids"].size(1))
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def _off_policy_mask_by(self, advantages: torch.Tensor) -> Iterator[None]:
+        """TRL masks sequences by the sign of their advantages, and is given others: let it see the true ones."""
+        true, original = advantages, self.get_off_policy_mask
+
+        def mask(advantages: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return original(true.view_as(advantages), *args, **kwargs)
+
+        with replaced(self, "get_off_policy_mask", mask):
+            yield
+
+    def _check_first_microbatch(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+        """Check that TRL's loss, and the model's layers, are what `_projected_loss` takes them for."""
+
+        def objective(weights: torch.Tensor, microbatch: Microbatch | None) -> torch.Tensor:
+            with nullcontext() if microbatch is None else self._head(microbatch, inputs):
+                return GRPOTrainer._compute_loss(self, model, {**inputs, "advantages": weights})
+
+        with replaced(self, "_metrics", {mode: defaultdict(list) for mode in self._metrics}):
+            self._check_linearity(model, inputs)
+            self._accumulation.check_sequences(objective, len(inputs["advantages"]))
+
+    def _check_linearity(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+        """
+        Check that the loss is linear in the advantages: its value, and its gradient by the tokens' log-probabilities.
+
+        Raises:
+            RuntimeError: If it is not.
+        """
+        ones = torch.ones_like(inputs["advantages"], requires_grad=True)
+        scoring = "_get_per_token_logps_and_entropies"
+        with random_numbers_kept(ones.device), torch.no_grad(), recorded(self, scoring) as scored:
+            GRPOTrainer._compute_loss(self, model, {**inputs, "advantages": ones.detach()})
+        log_probs, *others = scored["result"]
+
+        def loss_and_gradients(advantages: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            """The loss, and its gradients by log-probabilities and advantages, without another forward pass."""
+            leaf, advantages = log_probs.detach().requires_grad_(), advantages.detach().requires_grad_()
+            with replaced(self, scoring, lambda *args, **kwargs: (leaf, *others)):
+                loss = GRPOTrainer._compute_loss(self, model, {**inputs, "advantages": advantages})
+            return loss.detach(), *torch.autograd.grad(loss, (leaf, advantages))
+
+        advantages = inputs["advantages"]
+        alternating = 1.0 - 2.0 * (torch.arange(len(advantages), device=advantages.device) % 2)
+        advantages = torch.where(advantages == 0, alternating, advantages)
+        tolerance = max(1e-4, 8 * torch.finfo(log_probs.dtype).eps)
+        _, unit, shares = loss_and_gradients(ones)
+        for factor in (1.0, -1.0, 2.0):
+            loss, gradient, _ = loss_and_gradients(factor * advantages)
+            parts, want = factor * advantages * shares, factor * advantages.unsqueeze(1) * unit
+            if (loss - parts.sum()).abs() > tolerance * parts.abs().sum() or (
+                gradient - want
+            ).norm() > tolerance * want.norm():
+                raise RuntimeError(
+                    f"The loss of the installed TRL (`loss_type={self.loss_type!r}`) is not linear in the advantages, "
+                    "as PROMA needs it, so that gradients would be wrong. Install a TRL version within the bounds of "
+                    "proma-trl's requirements, or use `GRPOTrainer`."
+                )
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list,
+        images: list | None,
+        multimodal_fields: dict[str, Any],
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> Any:
         """TRL's generation; a vLLM server that fails ends training, but not what was trained."""
         try:
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
         except Exception as error:
             # The main process alone speaks with the server
             if not (self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process):

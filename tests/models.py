@@ -1,7 +1,16 @@
 """Tiny models of many architectures, built in code with random weights that make no parameter's gradient trivial."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 SIZES = {
     "vocab_size": 97,
@@ -57,3 +66,30 @@ def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.floa
         for param in model.parameters():
             param.add_(0.1 * torch.randn_like(param))
     return model
+
+
+def tiny_llava() -> torch.nn.Module:
+    """A LLaVA-style model: an image takes four of a sequence's tokens, those with id 96."""
+    text = LlamaConfig(**{**SIZES, "num_key_value_heads": 4})
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=96, vision_feature_select_strategy="default"
+    )
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config)
+
+
+def tiny_mixture(model_type: str) -> torch.nn.Module:
+    """A model with experts: `"qwen3_moe"` or `"gpt_oss"`."""
+    sizes = {**SIZES, "num_hidden_layers": 1, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    experts = {"num_local_experts": 4} if model_type == "gpt_oss" else {"num_experts": 4}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **experts))
+
+
+def tiny_qwen_vl() -> torch.nn.Module:
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=SIZES, vision_config=vision))

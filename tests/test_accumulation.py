@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 from accelerate import Accelerator
-from models import ARCHITECTURES, tiny_model
+from models import ARCHITECTURES, tiny_llava, tiny_mixture, tiny_model, tiny_qwen_vl
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -697,3 +697,103 @@ def test_operations_a_tensor():
     views |= {"_unsafe_view", "permute", "split", "diagonal", "split_with_sizes", "_reshape_alias"}
     launches = sum(n for name, n in (four - two).items() if name not in views)
     assert launches <= 45 * (tensors_of_four - tensors_of_two)
+
+
+# Leading dimensions that are not the sequences'
+
+
+def image_batch(counts, seed):
+    """Two sequences with some images each, of four tokens an image."""
+    ids, mask, weights, advantages = make_batch(2, seed, left_padding=False)
+    mask[:] = 1
+    ids = ids.clamp(max=95)
+    for i, count in enumerate(counts):
+        ids[i, : 4 * count] = 96
+    images = torch.randn(sum(counts), 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return ids, images, weights, advantages
+
+
+@pytest.mark.parametrize("trained", ["multi_modal_projector", "vision_tower"])
+def test_layers_on_images_are_refused_whatever_their_number(trained):
+    model = tiny_llava()
+    model.requires_grad_(False)
+    getattr(model.model, trained).requires_grad_(True)
+    with pytest.raises(ValueError, match=rf"(?s)`model.{trained}.*outside the text decoder.*microbatch_size=1"):
+        ProjectedAccumulation(model, microbatch_size=2)
+    assert ProjectedAccumulation(model, microbatch_size=1)
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (2, 0), (0, 2)])
+def test_a_text_decoder_beside_frozen_images(counts):
+    model = tiny_llava()
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
+    accumulation = ProjectedAccumulation(model, microbatch_size=2)
+
+    def objective(m, ids, images, weights):
+        logits = m(input_ids=ids, pixel_values=images.to(m.dtype) if len(images) else None).logits[:, :-1]
+        log_probs = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        return -(log_probs * weights).sum(-1) / LENGTH
+
+    def one(ids, images, weights, i):
+        own = images[: counts[0]] if i == 0 else images[counts[0] :]
+        return lambda m: objective(m, ids[i : i + 1], own, weights[i : i + 1])[0]
+
+    batches = [image_batch(counts, seed) for seed in range(3)]
+    for ids, images, weights, advantages in batches:
+        with accumulation.capture():
+            values = objective(model, ids, images, weights)
+        accumulation.loss(values, advantages).backward()
+    want = oracle.accumulate(model, [([one(*b[:3], i) for i in range(2)], b[3]) for b in batches])
+    oracle.assert_close({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, want)
+
+
+def test_sequences_are_checked_in_a_loop_of_ones_own():
+    """k = 4 images in a model that says nothing of images: a leading dimension of k that is not the sequences'."""
+
+    class Pooled(Shared):
+        images = None
+
+        def forward(self, input_ids, attention_mask=None):
+            hidden = self.embedding(input_ids)
+            features = torch.tanh(self.twice(self.images))  # (k, 2, 16)
+            pooled = features.flatten(0, 1).roll(1, 0).view_as(features)
+            return type("Output", (), {"logits": self.head(self.norm(hidden + pooled.mean(1, keepdim=True)))})
+
+    torch.manual_seed(0)
+    model = Pooled()
+    model.unused.requires_grad_(False)
+    model.images = torch.randn(4, 2, 16)
+    accumulation = ProjectedAccumulation(model, microbatch_size=4)
+    ids, mask, weights, _ = make_batch(4, 0)
+
+    def objective(coefficients, microbatch):
+        return (objectives(model, ids, mask, weights) * coefficients).sum()
+
+    with pytest.raises(RuntimeError, match=r"wrong for `twice.weight`, `twice.bias`: weighted and summed"):
+        accumulation.check_sequences(objective, 4)
+    assert all(param.grad is None for param in model.parameters())
+    model.images = torch.zeros(4, 2, 16)
+    model.twice.requires_grad_(False)
+    accumulation.check_sequences(objective, 4)
+
+
+@pytest.mark.parametrize("target_parameters", [None, ["mlp.experts.gate_up_proj"]])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen2_5_vl"])
+def test_adapters_whose_sequences_cannot_be_seen_are_refused_when_made(family, target_parameters):
+    model = tiny_qwen_vl() if family == "qwen2_5_vl" else tiny_mixture(family)
+    config = LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        target_parameters=target_parameters if family != "qwen2_5_vl" else None,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    if family == "gpt_oss" and target_parameters is None:  # adapters in the attention's linear layers alone
+        batches = make_batches("", 4)
+        found, _ = accumulate(model, batches)
+        assert found and all(grad is not None for grad in found.values())
+        return
+    reason = "outside the text decoder" if family == "qwen2_5_vl" else "`ParamWrapper` multiplies its weights"
+    with pytest.raises(ValueError, match=rf"(?s)lora_A.default` \(Linear\).*{reason}.*microbatch_size=1"):
+        ProjectedAccumulation(model, microbatch_size=2)

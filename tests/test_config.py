@@ -1,8 +1,10 @@
 """What PROMAConfig refuses, and how it says so."""
 
+import math
 import re
 
 import pytest
+import torch
 from harness import make_args
 from transformers import HfArgumentParser
 from trl import GRPOConfig
@@ -67,22 +69,34 @@ def test_optimizers_that_step_in_backward_are_refused(optim, tmp_path):
         make_args(tmp_path, optim=optim)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"projection": "qr"},
-        {"projection_sweeps": 0},
-        {"projection_bound": -1.0},
-        {"projection_strength": 2.0},
-        {"projection_memory_budget": 0.0},
-        {"projection_scope": "node"},
-        {"projection_accumulator_dtype": "float16"},
-    ],
-    ids=lambda kwargs: next(iter(kwargs)),
-)
-def test_projection_settings_out_of_range_are_refused(kwargs, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"`{next(iter(kwargs))}`")):
-        make_args(tmp_path, **kwargs)
+REFUSED = {
+    "projection": ["qr", None, ["iterative"], 1],
+    "projection_sweeps": [0, 1.5, "2", None, True, [2]],
+    "projection_bound": [-1.0, "0.5", [0.5], True, math.nan, -math.inf],
+    "projection_strength": [2.0, -0.1, None, "1", True, math.nan],
+    "projection_memory_budget": [0.0, -1, "1", None, True, math.inf, math.nan],
+    "projection_scope": ["node", None, 1],
+    "projection_accumulator_dtype": ["float16", None, torch.float32],
+    "gradient_accumulation_steps": [0, -1, "4", None, 2.5, True],
+    "per_device_train_batch_size": [0, -1, "4", None, 2.5],
+}
+
+
+@pytest.mark.parametrize("name,value", [(name, value) for name, values in REFUSED.items() for value in values])
+def test_values_of_the_wrong_kind_or_out_of_range_are_refused_by_name(name, value, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"`{name}` must be ")):
+        make_args(tmp_path, **{name: value})
+
+
+def test_whole_numbers_stand_for_real_ones(tmp_path):
+    args = make_args(tmp_path, projection_bound=1, projection_strength=1, projection_memory_budget=2)
+    for name in ("projection_bound", "projection_strength", "projection_memory_budget"):
+        assert isinstance(getattr(args, name), float)
+
+
+def test_the_default_accumulates_several_microbatches():
+    args = PROMAConfig("unused", use_cpu=True, bf16=False)
+    assert args.gradient_accumulation_steps == 16 and args.steps_per_generation == 16
 
 
 def test_the_command_line_can_lift_the_bound(tmp_path):

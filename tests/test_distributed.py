@@ -12,17 +12,13 @@ import oracle
 import pytest
 import torch
 import yaml
-from accelerate import DistributedType
-from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DynamoBackend, is_deepspeed_available
+from accelerate.utils import is_deepspeed_available
 from harness import LORA, TOKENIZER, make_args, make_model, sequence_objective
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 
 from proma_trl import ProjectedAccumulation
-from proma_trl.distributed import check_setup
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tests" / "distributed"
@@ -333,58 +329,6 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_the_last_checkpoint(backend, t
     resumed = {"model": "qwen3-tied", "args": args, "resume": str(checkpoint)}
     folder = run_cases(tmp_path, config, {"resumed": resumed})["resumed"]
     assert len(steps(folder)) == 1
-
-
-def setup(distributed_type=DistributedType.MULTI_GPU, deepspeed=None, **attributes):
-    """What an accelerator says of itself."""
-    state = SimpleNamespace(
-        dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO),
-        deepspeed_plugin=SimpleNamespace(deepspeed_config=deepspeed),
-    )
-    defaults = {"parallelism_config": None, "gradient_state": SimpleNamespace(plugin_kwargs={}), "is_fsdp2": False}
-    return SimpleNamespace(distributed_type=distributed_type, state=state, **{**defaults, **attributes})
-
-
-def zero(**settings):
-    return setup(DistributedType.DEEPSPEED, {"zero_optimization": {"stage": 3}, **settings})
-
-
-MODEL = torch.nn.Linear(1, 1)
-
-
-@pytest.mark.parametrize(
-    "accelerator,num_gpus,message",
-    [
-        (setup(), 2, r"`torch.nn.DataParallel` on 2 GPUs.*--num_processes 2"),
-        (setup(DistributedType.MEGATRON_LM), 1, r"Megatron-LM.*`recipes/accelerate`"),
-        (setup(parallelism_config=ParallelismConfig(tp_size=2)), 1, r"tensor, context or sequence.*data parallelism"),
-        (setup(DistributedType.FSDP), 1, r"FSDP version 1.*`fsdp_version: 2`"),
-        (zero(zero_optimization={"zero_quantized_gradients": True}), 1, r"`zero_quantized_gradients`.*Leave"),
-        (zero(zero_optimization={"zenflow": {"topk_ratio": 0.1}}), 1, r"`zenflow`.*Leave"),
-        (zero(tensor_parallel={"autotp_size": 2}), 1, r"pipeline or tensor parallelism.*data parallelism"),
-        (zero(pipeline={"stages": 2}), 1, r"pipeline or tensor parallelism.*data parallelism"),
-        (zero(compile={"deepcompile": True}), 1, r"DeepCompile.*Leave `compile` out"),
-    ],
-)
-def test_setups_that_cannot_work_are_refused(accelerator, num_gpus, message):
-    with pytest.raises(ValueError, match=rf"{message}.*Or set `projection=\"none\"`"):
-        check_setup(accelerator, num_gpus, MODEL)
-
-
-def test_pipelines_and_replicas_at_loading_are_refused():
-    model = make_model()
-    model.config.distributed_config = DistributedConfig(fsdp_size=2)
-    check_setup(setup(), 1, model)
-    model.config.distributed_config = DistributedConfig(fsdp_size=2, dp_replicate_size=2)
-    with pytest.raises(ValueError, match="Set `fsdp_size` alone"):
-        check_setup(setup(), 1, model)
-
-
-@pytest.mark.parametrize(
-    "accelerator", [setup(), zero(), setup(DistributedType.FSDP, is_fsdp2=True), setup(DistributedType.NO)]
-)
-def test_setups_that_work_are_not_refused(accelerator):
-    check_setup(accelerator, 1, MODEL)
 
 
 @pytest.mark.parametrize("mark", ["ds_id", "param_idx_in_group"])

@@ -156,13 +156,15 @@ def test_a_batch_of_tensors_is_solved_at_once():
 @pytest.mark.parametrize(
     "arguments,name",
     [
-        ({"method": "qr"}, "projection"),
-        ({"sweeps": 0}, "projection_sweeps"),
-        ({"sweeps": 1.5}, "projection_sweeps"),
-        ({"bound": -0.1}, "projection_bound"),
-        ({"bound": float("nan")}, "projection_bound"),
-        ({"strength": 1.1}, "projection_strength"),
-        ({"strength": -0.1}, "projection_strength"),
+        ({"method": "qr"}, "method"),
+        ({"bound": "0.5"}, "bound"),
+        ({"strength": True}, "strength"),
+        ({"sweeps": 0}, "sweeps"),
+        ({"sweeps": 1.5}, "sweeps"),
+        ({"bound": -0.1}, "bound"),
+        ({"bound": float("nan")}, "bound"),
+        ({"strength": 1.1}, "strength"),
+        ({"strength": -0.1}, "strength"),
     ],
 )
 def test_settings_out_of_range_are_refused(arguments, name):

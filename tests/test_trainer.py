@@ -1,9 +1,11 @@
 """PROMATrainer against the float64 definition and against GRPOTrainer."""
 
 import copy
+import inspect
 import json
 import re
 import shutil
+from types import MethodType
 
 import oracle
 import pytest
@@ -188,6 +190,7 @@ def test_token_masks_are_token_weights(tmp_path):
     check(make_trainer(tmp_path), microbatches)
 
     trainer = make_trainer(tmp_path, top_entropy_quantile=0.5)
+    trainer_gradients(trainer, microbatches)  # the first microbatch of a run is also checked
     masks = []
     original = trainer.get_high_entropy_mask
     trainer.get_high_entropy_mask = lambda *args: masks.append(original(*args)) or masks[-1]
@@ -352,6 +355,113 @@ def test_defaults_like_grpo(tmp_path, monkeypatch):
     TOKENIZER.save_pretrained(folder)
     trainer = PROMATrainer(str(folder), vowel_reward, train_dataset=Dataset.from_dict({"prompt": ["ab"] * 8}))
     assert trainer.args.output_dir.endswith("tiny-model-PROMA") and isinstance(trainer.args, PROMAConfig)
+
+
+# What the first microbatch shows
+
+
+def test_trl_methods_keep_their_signatures():
+    """Positional calls from TRL, or from code written for it, must not fail."""
+    for name, method in vars(PROMATrainer).items():
+        original = inspect.getattr_static(GRPOTrainer, name, None)
+        if inspect.isfunction(method) and original is not None:
+            want = [(p.name, p.kind) for p in inspect.signature(original).parameters.values()]
+            assert [(p.name, p.kind) for p in inspect.signature(method).parameters.values()] == want, name
+    assert PROMATrainer.get_off_policy_mask is GRPOTrainer.get_off_policy_mask
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("term", ["sign", "square", "gradient"])
+def test_a_loss_that_is_not_linear_in_the_advantages_is_refused(term, k, tmp_path, monkeypatch):
+    original = GRPOTrainer._compute_loss
+    loss = {
+        "sign": lambda loss, advantages: loss * (1 + 0.1 * (advantages > 0).float().mean()),
+        "square": lambda loss, advantages: loss + 0.01 * advantages.square().sum(),
+        # Its value is right, its gradient is not: as with a ratio that is clipped, on-policy
+        "gradient": lambda loss, advantages: torch.where(
+            (advantages < 0).any(), 1.5 * loss - 0.5 * loss.detach(), loss
+        ),
+    }[term]
+    monkeypatch.setattr(
+        GRPOTrainer,
+        "_compute_loss",
+        lambda self, model, inputs: loss(original(self, model, inputs), inputs["advantages"]),
+    )
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=k, generation_batch_size=4)
+    with pytest.raises(RuntimeError, match=r"`loss_type='dapo'`\) is not linear in the advantages.*`GRPOTrainer`"):
+        trainer_gradients(trainer, inputs_for("qwen3-tied", k))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"bf16": True}, {"gradient_checkpointing": True}])
+def test_layers_that_mix_sequences_are_refused_at_the_first_microbatch(kwargs, tmp_path):
+    """A leading dimension of k that is not the sequences': here they are in another order."""
+
+    model = make_model()
+    layer = model.model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda module, args: (args[0].flip(0),))
+    layer.register_forward_hook(lambda module, args, output: output.flip(0))
+    trainer = make_trainer(tmp_path, model, **kwargs)
+    with pytest.raises(RuntimeError, match=r"wrong for `model.layers.0.mlp.gate_proj.weight`.*down_proj") as error:
+        trainer_gradients(trainer, inputs_for("qwen3-tied", 4))
+    assert "layers.1" not in str(error.value) and "self_attn" not in str(error.value)
+
+
+def test_the_checks_of_the_first_microbatch_leave_no_trace(tmp_path):
+    """Random numbers, metrics and gradients are those of a run without the checks."""
+    model = make_model(attention_dropout=0.3)
+    microbatches = inputs_for("qwen3-tied", 4)
+    results = []
+    for checked in (False, True):
+        trainer = make_trainer(tmp_path, copy.deepcopy(model))
+        trainer._checked = checked
+        torch.manual_seed(5)
+        gradients, losses = trainer_gradients(trainer, microbatches)
+        results.append((gradients, losses, dict(trainer._metrics["train"]), torch.rand(())))
+    (checked, losses, metrics, random), (plain, plain_losses, plain_metrics, plain_random) = results
+    assert losses == plain_losses and metrics == plain_metrics and random == plain_random
+    assert len(metrics["entropy"]) == len(microbatches)
+    for name, grad in plain.items():
+        assert torch.equal(checked[name], grad), name
+
+
+def test_kernels_that_are_applied_when_training_begins_are_seen(tmp_path, monkeypatch):
+    """As Liger's: a norm that takes no copies of its weight, set on single modules after the trainer was made."""
+
+    def apply_kernels(model, config):
+        def forward(self, hidden):
+            assert self.weight.dim() == 1
+            return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+        for module in model.modules():
+            if "RMSNorm" in type(module).__name__:
+                module.forward = MethodType(forward, module)
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply_kernels)
+    trainer = make_trainer(tmp_path)
+    trainer.args.use_liger_kernel = True
+    with pytest.raises(ValueError, match=r"(?s)`model.layers.0.self_attn.q_norm` \(Qwen3RMSNorm\).*batch_size=1"):
+        trainer.train()
+
+
+# Settings without effect
+
+
+def test_one_microbatch_a_step_is_said_to_be_reinforce(tmp_path, caplog):
+    with pytest.warns(
+        UserWarning, match=r"`projection='iterative'` has no effect with `gradient_accumulation_steps=1`"
+    ):
+        trainer = make_trainer(tmp_path, gradient_accumulation_steps=1)
+    trainer.train()
+    assert [r.message for r in caplog.records if "has no effect" in r.message and r.name.startswith("proma_trl")]
+    trainer.create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert "PROMA" not in card.replace("proma-trl", "") and "projection" not in card and "REINFORCE" in card
+
+
+def test_settings_that_act_are_not_warned_of(tmp_path, recwarn):
+    make_trainer(tmp_path, projection_sweeps=3, projection_bound=None, projection_memory_budget=0.1)
+    make_trainer(tmp_path, projection="none")
+    assert not [w for w in recwarn if "has no effect" in str(w.message)]
 
 
 # Refusals

@@ -6,12 +6,14 @@ gradients from what went in and the gradient that comes back. Embeddings are the
 Normalization layers without a rule run on one copy of their parameters a sequence.
 """
 
+import sys
 from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from .embedding import LookupMode, embedding_grads, embedding_refusal
 from .factored import Dense, SequenceGrads
@@ -277,6 +279,29 @@ class _Copies(torch.autograd.Function):
         param = ctx.param
         grads = grad_output.reshape(len(grad_output), *(param.shape or (1,)))
         return ctx.sink.receive(param, Dense(grads)), None, None
+
+
+def foreign_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """
+    Modules of a model whose inputs are not one entry a sequence, or whose parameters other modules multiply, and why:
+    all that a multimodal model has outside its text decoder, and what PEFT's `ParamWrapper` holds.
+    """
+    found: dict[nn.Module, str] = {}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "config", None)
+    if isinstance(base, PreTrainedModel) and config.get_text_config(decoder=True) is not config:
+        text = {*base.get_decoder().modules()}
+        for embedding in (base.get_output_embeddings(), base.get_input_embeddings()):
+            text.update(() if embedding is None else embedding.modules())
+        why = "runs outside the text decoder, so that it isn't known which sequence an image (or its patch) belongs to"
+        found |= {module: why for module in base.modules() if module not in text}
+    peft_layers = sys.modules.get("peft.tuners.lora.layer")
+    for wrapper in model.modules() if peft_layers is not None else ():
+        if isinstance(wrapper, peft_layers.ParamWrapper):
+            why = f"PEFT's `ParamWrapper` multiplies its weights to change `{wrapper.parameter_name}`"
+            adapters = (getattr(wrapper, name) for name in wrapper.adapter_layer_names)
+            found |= {module: why for adapter in adapters for module in adapter.modules()}
+    return found
 
 
 def layer_for(name: str, module: nn.Module, names: tuple[str, ...]) -> Layer | str:

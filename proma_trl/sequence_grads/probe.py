@@ -12,6 +12,12 @@ def whole_shape(param: nn.Parameter) -> torch.Size:
     return getattr(param, "ds_shape", param.shape)
 
 
+def runs_as(module: nn.Module) -> object:
+    """The function that runs as a module's `forward`: its class's, or one that was set on the module itself."""
+    forward = module.__dict__.get("forward", type(module).forward)
+    return getattr(forward, "__func__", forward)
+
+
 def probe(module: nn.Module) -> nn.Module:
     """
     A shallow copy of a module in evaluation mode, without hooks and with noise for its own parameters: those may be
@@ -21,6 +27,8 @@ def probe(module: nn.Module) -> nn.Module:
     kind = type(module).__bases__[1] if isinstance(module, FSDPModule) else type(module)
     copy = kind.__new__(kind)
     copy.__dict__ = {**module.__dict__, "_forward_pre_hooks": OrderedDict(), "_forward_hooks": OrderedDict()}
+    if "forward" in copy.__dict__:
+        copy.forward = runs_as(module).__get__(copy)
     copy.training = False
     copy._parameters = {
         name: None if param is None else nn.Parameter(noise(*whole_shape(param), like=param), param.requires_grad)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .factored import SequenceGrads
-from .probe import agree, noise, probe
+from .probe import agree, noise, probe, runs_as
 
 Rule = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], dict[str, "torch.Tensor | SequenceGrads"]]
 
@@ -53,7 +53,7 @@ def rule_for(module: nn.Module) -> Rule | None:
     for base in type(module).__mro__:
         rule = _RULES.get(base)
         if rule is not None:
-            if base is type(module) or type(module).forward is base.forward or _holds(rule, module):
+            if runs_as(module) is base.forward or _holds(rule, module):
                 return rule
             return None
     return None

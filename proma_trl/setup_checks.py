@@ -1,0 +1,137 @@
+"""Checks of a trainer's setup before training: what the projection does not work with, and settings without effect."""
+
+from collections.abc import Iterator
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, DynamoBackend
+from torch import nn
+
+from .config import PROMAConfig
+from .distributed import is_deepspeed
+
+
+def settings_without_effect(args: PROMAConfig, accelerator: Accelerator) -> list[str]:
+    """
+    Returns a sentence for each setting of the projection that was set and has no effect in this setup.
+
+    Args:
+        args ([`PROMAConfig`]): The configuration.
+        accelerator (`Accelerator`): What will prepare the model.
+    """
+    if not args.projection_settings().removes:
+        off = next(
+            n for n in ("projection", "projection_strength", "projection_bound") if getattr(args, n) in ("none", 0)
+        )
+        others = [name for name in _changed(args) if name not in ("projection", off)]
+        return [
+            f"`{name}={getattr(args, name)!r}` has no effect: `{off}={getattr(args, off)!r}` removes nothing, which "
+            "is REINFORCE."
+            for name in others
+        ]
+    messages = []
+    if args.gradient_accumulation_steps == 1:
+        messages.append(
+            f"`projection={args.projection!r}` has no effect with `gradient_accumulation_steps=1`: PROMA projects "
+            "what earlier microbatches of an optimizer step have accumulated, and there are none, so that this run is "
+            "REINFORCE. Set `gradient_accumulation_steps` to 4 or more (the default is 16), with a smaller "
+            "`per_device_train_batch_size` if the batch is to stay the same."
+        )
+    if args.projection != "iterative" and "projection_sweeps" in _changed(args):
+        messages.append(
+            f"`projection_sweeps={args.projection_sweeps}` has no effect with `projection={args.projection!r}`: only "
+            '`projection="iterative"` makes sweeps.'
+        )
+    if args.projection_scope == "global" and accelerator.num_processes == 1:
+        messages.append(
+            '`projection_scope="global"` has no effect with one process, whose sequences are all there are.'
+        )
+    keeps_sums = (
+        args.projection_scope == "local"
+        and is_deepspeed(accelerator)
+        and accelerator.state.deepspeed_plugin.zero_stage >= 2
+    )
+    if "projection_accumulator_dtype" in _changed(args) and not keeps_sums:
+        messages.append(
+            f"`projection_accumulator_dtype={args.projection_accumulator_dtype!r}` has no effect here: it is for "
+            'DeepSpeed ZeRO-2 and ZeRO-3 with `projection_scope="local"`. Elsewhere, gradients accumulate where the '
+            "backend keeps them."
+        )
+    return messages
+
+
+def _changed(args: PROMAConfig) -> list[str]:
+    """Settings of the projection that differ from their defaults."""
+    fields = PROMAConfig.__dataclass_fields__
+    return [n for n, f in fields.items() if n.startswith("projection") and getattr(args, n) != f.default]
+
+
+def check_setup(accelerator: Accelerator, num_gpus: int, model: nn.Module) -> None:
+    """
+    Check that gradients are made and reduced as the projection needs it.
+
+    Args:
+        accelerator (`Accelerator`): What will prepare the model.
+        num_gpus (`int`): GPUs of this one process; more than one mean `torch.nn.DataParallel`.
+        model (`nn.Module`): What will be trained.
+
+    Raises:
+        ValueError: If not, with the way out.
+    """
+    for problem, way_out in _problems(accelerator, num_gpus, model):
+        raise ValueError(
+            f'PROMA\'s projection does not work with {problem}. {way_out} Or set `projection="none"`, which is '
+            "REINFORCE."
+        )
+
+
+def _problems(accelerator: Accelerator, num_gpus: int, model: nn.Module) -> Iterator[tuple[str, str]]:
+    data_parallel = "Use data parallelism: DDP, DeepSpeed ZeRO or FSDP2, as in `recipes/accelerate`."
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        yield (
+            "a compiled model, whose layers run past the hooks that collect sequence gradients",
+            "Launch without `--dynamo_backend` (unset `ACCELERATE_DYNAMO_BACKEND`).",
+        )
+    if num_gpus > 1:
+        yield (
+            f"`torch.nn.DataParallel` on {num_gpus} GPUs",
+            f"Launch one process a GPU (`accelerate launch --num_processes {num_gpus}`), or use one GPU "
+            "(`CUDA_VISIBLE_DEVICES=0`).",
+        )
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
+        yield "Megatron-LM, whose engine runs the backward pass by itself", data_parallel
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+        yield "tensor, context or sequence parallelism, which spread a sequence's gradient over ranks", data_parallel
+    loaded = getattr(getattr(model, "config", None), "distributed_config", None)
+    if loaded is not None and ((loaded.pp_size or 1) > 1 or (loaded.dp_replicate_size or 1) > 1):
+        yield (
+            "transformers' `DistributedConfig` of several pipeline stages or replicas of shards, which reduce "
+            "gradients within an accumulation",
+            "Set `fsdp_size` alone.",
+        )
+    if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+        yield (
+            "`sync_each_batch`, which averages over ranks what they have yet to project",
+            "Leave it out of `accelerator_config`'s `gradient_accumulation_kwargs`.",
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        yield "FSDP version 1, which flattens parameters", "Set `fsdp_version: 2` in Accelerate's configuration."
+    if is_deepspeed(accelerator):
+        yield from _deepspeed_problems(accelerator.state.deepspeed_plugin.deepspeed_config, data_parallel)
+
+
+def _deepspeed_problems(config: dict, data_parallel: str) -> Iterator[tuple[str, str]]:
+    zero = config.get("zero_optimization", {})
+    for name in ("zero_quantized_gradients", "zenflow"):
+        if zero.get(name):
+            yield (
+                f"DeepSpeed's `{name}`, under which gradients are not what the backward pass emits",
+                f"Leave `zero_optimization.{name}` out of DeepSpeed's configuration.",
+            )
+    if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1 or "pipeline" in config:
+        yield "DeepSpeed's pipeline or tensor parallelism", data_parallel
+    if config.get("compile", {}).get("deepcompile"):
+        yield (
+            "DeepCompile, whose graphs run past the hooks that collect sequence gradients",
+            "Leave `compile` out of DeepSpeed's configuration.",
+        )
