@@ -46,14 +46,14 @@ class Turns(TrainerCallback):
 
     def __init__(self, trainer, modes):
         self.trainer, self.modes = trainer, modes
-        self.accumulation = trainer._accumulation
+        self.accumulation = trainer.accumulation
         self.seconds = {mode: [] for mode in modes}
         self.sent = 0
         self.bytes = {}
 
     def on_step_begin(self, args, state, control, **kwargs):
         mode = self.modes[state.global_step % len(self.modes)]
-        self.trainer._accumulation = None if mode == "none" else self.accumulation
+        self.trainer.accumulation = None if mode == "none" else self.accumulation
         if mode != "none" and mode != self.accumulation.scope:
             self.accumulation.scope, self.accumulation._scope = mode, None
         self.sent, self.start = 0, self.now()

@@ -17,7 +17,7 @@ import step_time
 from transformers import TrainerCallback
 
 from proma_trl import PROMAConfig, PROMATrainer
-from proma_trl.policy_metrics import PolicyMetrics
+from proma_trl.tools.policy_metrics import PolicyMetrics
 
 WAYS = {
     "kl/local": {"initial": False},

@@ -1,9 +1,58 @@
-"""PROMA (Projected Microbatch Accumulation, arXiv 2601.10498) for TRL."""
+"""
+PROMA (Projected Microbatch Accumulation, arXiv 2601.10498) for TRL.
 
-from .accumulation import ProjectedAccumulation
-from .config import PROMAConfig
-from .projection import ProjectionSettings
-from .sequence_grads import register_rule
-from .trainer import PROMATrainer
+The package's README follows one parameter tensor through a backward pass. Names load what they need: the accumulation
+and its rules load torch and accelerate, `PROMAConfig` and `PROMATrainer` also TRL.
+"""
 
-__all__ = ["PROMAConfig", "PROMATrainer", "ProjectedAccumulation", "ProjectionSettings", "register_rule"]
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._moved import MovedModules
+
+if TYPE_CHECKING:
+    from .accumulation import ProjectedAccumulation
+    from .rules import PROMA, REINFORCE, Chain, InnerProducts, UpdateRule
+    from .rules.proma import ProjectionSettings
+    from .sequence_grads import register_rule
+    from .trainer import PROMAConfig, PROMATrainer
+
+_HOMES = {
+    "Chain": "rules",
+    "InnerProducts": "rules",
+    "PROMA": "rules",
+    "PROMAConfig": "trainer",
+    "PROMATrainer": "trainer",
+    "ProjectedAccumulation": "accumulation",
+    "ProjectionSettings": "rules.proma",
+    "REINFORCE": "rules",
+    "UpdateRule": "rules",
+    "register_rule": "sequence_grads",
+}
+
+__all__ = [
+    "Chain",
+    "InnerProducts",
+    "PROMA",
+    "PROMAConfig",
+    "PROMATrainer",
+    "ProjectedAccumulation",
+    "ProjectionSettings",
+    "REINFORCE",
+    "UpdateRule",
+    "register_rule",
+]
+
+sys.meta_path.append(MovedModules(__name__))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from word_problems import HELD_OUT, write_task
 
-from proma_trl.callbacks import ACCURACY
-from proma_trl.runs import read_curves
+from proma_trl.tools.callbacks import ACCURACY
+from proma_trl.tools.curves import read_curves
 
 RECIPES = Path(__file__).parent
 REQUIRED_RISE = 0.10

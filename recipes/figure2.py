@@ -29,8 +29,8 @@ from tqdm import tqdm
 from trl import TrlParser
 from word_problems import LEVELS, write_problems, write_task
 
-from proma_trl.figures import draw_runs, draw_sweep
-from proma_trl.runs import METRICS, read_curves, summarize
+from proma_trl.tools.figures import draw_runs, draw_sweep
+from proma_trl.tools.curves import METRICS, read_curves, summarize
 
 RECIPE = Path(__file__).parent / "gsm8k.py"
 

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from proma_trl.data import build_prompt
+from proma_trl.tools.data import build_prompt
 
 WARM_START, TRAIN, HELD_OUT = 8000, 4000, 300
 STEPS_SHOWN = 0.35  # the share of the warm start's solutions that show their steps

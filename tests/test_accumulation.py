@@ -296,9 +296,9 @@ def test_metrics_say_what_was_removed():
     removed = sum((first[n] + policy[n] - both[n]).norm() ** 2 for n in first) ** 0.5
     norm = sum(first[n].norm() ** 2 for n in first) ** 0.5
     bounded = [(first[n] + policy[n] - both[n]).norm() / policy[n].norm() > 0.5 - 1e-6 for n in first]
-    assert metrics["norm_ratio"] == pytest.approx(float(removed / norm), rel=1e-4)
-    assert metrics["bounded_fraction"] == pytest.approx(sum(bounded) / len(bounded))
-    assert 0 < metrics["overlap"] < 1
+    assert metrics["projection/norm_ratio"] == pytest.approx(float(removed / norm), rel=1e-4)
+    assert metrics["projection/bounded_fraction"] == pytest.approx(sum(bounded) / len(bounded))
+    assert 0 < metrics["projection/overlap"] < 1
     assert accumulate(model, batches[:1])[1] == {}
 
 

@@ -10,9 +10,9 @@ from tiny import make_policy, make_tokenizer
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-import proma_trl.callbacks
-from proma_trl.callbacks import GreedyEvaluation, JSONLMetrics
-from proma_trl.data import build_prompt, tokenize_prompts
+import proma_trl.tools.callbacks
+from proma_trl.tools.callbacks import GreedyEvaluation, JSONLMetrics
+from proma_trl.tools.data import build_prompt, tokenize_prompts
 
 QUESTIONS = ["1 + 1?", "12 + 30, and 7 more?", "9 - 5 = ?", "What is 3 * 3?", "8?"]
 
@@ -95,7 +95,7 @@ def test_accuracy_is_that_of_greedy_decoding(tmp_path, monkeypatch, conversation
     def is_equal(texts, answers):
         return [float(text == answer) for text, answer in zip(texts, answers, strict=True)]
 
-    monkeypatch.setattr(proma_trl.callbacks, "accuracy_reward", is_equal)
+    monkeypatch.setattr(proma_trl.tools.callbacks, "accuracy_reward", is_equal)
     right = Dataset.from_dict({"prompt": prompts, "answer": expected})
     assert GreedyEvaluation(trainer, right, every_steps=1).evaluate() == 1.0
     some_wrong = Dataset.from_dict({"prompt": prompts, "answer": [*expected[:3], "wrong", "wrong"]})

@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig
 
 from proma_trl import PROMAConfig
-from proma_trl.config import LOSS_TYPES
+from proma_trl.trainer.config import LOSS_TYPES
 
 
 def test_defaults_are_the_papers():

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tiny import make_tokenizer
 
-from proma_trl.data import (
+from proma_trl.tools.data import (
     INSTRUCTION,
     build_prompt,
     drop_long_prompts,

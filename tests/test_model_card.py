@@ -10,8 +10,8 @@ from test_recipe import make_settings, read_metrics, write_config
 from transformers import pipeline
 from trl import GRPOTrainer
 
-from proma_trl.data import load_gsm8k
-from proma_trl.model_card import CardDataset, complete_model_card, final_result
+from proma_trl.tools.data import load_gsm8k
+from proma_trl.trainer.model_card import CardDataset, complete_model_card, final_result
 
 PROMA, GRPO, TRL = "@article{abrahamsen2026proma", "@article{shao2024deepseekmath", "@software{vonwerra2020trl"
 

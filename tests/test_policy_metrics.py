@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from proma_trl import PROMAConfig, PROMATrainer
-from proma_trl.policy_metrics import PolicyMetrics, exact_kl, sampled_kl
+from proma_trl.tools.policy_metrics import PolicyMetrics, exact_kl, sampled_kl
 
 NAMES = ("kl/local", "kl/lagged", "kl/global")
 

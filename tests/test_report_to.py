@@ -14,8 +14,8 @@ from datasets import Dataset
 from harness import make_trainer
 from tensorboardX.proto.event_pb2 import Event
 
-from proma_trl.callbacks import GreedyEvaluation
-from proma_trl.policy_metrics import PolicyMetrics
+from proma_trl.tools.callbacks import GreedyEvaluation
+from proma_trl.tools.policy_metrics import PolicyMetrics
 
 DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
 # What trackio leaves out, and wandb keeps elsewhere

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from proma_trl.rewards import accuracy_reward, final_answer, format_reward
+from proma_trl.tools.rewards import accuracy_reward, final_answer, format_reward
 
 
 def is_right(completion, answer="18"):

@@ -16,7 +16,7 @@ from harness import (
 )
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from proma_trl.sampling import check_server
+from proma_trl.trainer.sampling import check_server
 
 
 class Server:

@@ -10,7 +10,7 @@ from accelerate.utils import DynamoBackend
 from harness import make_args, make_model
 from transformers.distributed import DistributedConfig
 
-from proma_trl.setup_checks import check_setup, settings_without_effect
+from proma_trl.trainer.setup_checks import check_setup, settings_without_effect
 
 
 def setup(distributed_type=DistributedType.MULTI_GPU, deepspeed=None, **attributes):

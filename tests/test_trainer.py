@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 from trl import GRPOConfig, GRPOTrainer
 
 from proma_trl import PROMAConfig, PROMATrainer
-from proma_trl.accumulation import Microbatch
+from proma_trl.accumulation.microbatch import Microbatch
 
 
 def check(trainer, microbatches, tolerance=1e-5):
@@ -130,7 +130,7 @@ def test_loss_types_and_ratios(loss_type, level, off_policy, tmp_path):
 @pytest.mark.parametrize("architecture", ["qwen3-tied", "llama-untied", "gptj"])
 def test_every_form_of_the_head_under_a_memory_budget(architecture, budget, tmp_path, monkeypatch):
     """A budget too small for sequence gradients, or for their factors, or for neither; in ranges of the vocabulary."""
-    monkeypatch.setattr("proma_trl.sequence_grads.fused_head._TILE_ELEMENTS", 28 * 17)
+    monkeypatch.setattr("proma_trl.trainer.fused_head._TILE_ELEMENTS", 28 * 17)
     trainer = make_trainer(tmp_path, make_model(architecture), projection_memory_budget=budget)
     check(trainer, inputs_for(architecture, 4))
 
@@ -142,7 +142,7 @@ def test_the_forms_of_the_head_are_all_reached(architecture, tmp_path, monkeypat
     monkeypatch.setattr(Microbatch, "head_form", lambda *args: forms.add(original(*args)) or original(*args))
     trainer = make_trainer(tmp_path, make_model(architecture))
     for budget in (1e-7, 3e-5, 0.5):
-        trainer._accumulation.memory_budget = budget
+        trainer.accumulation.memory_budget = budget
         check(trainer, inputs_for(architecture, 4))
     assert forms == {"dense", "factors", "recompute"}
 

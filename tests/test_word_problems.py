@@ -4,8 +4,8 @@ import re
 import pytest
 import word_problems
 
-from proma_trl.data import gold_answer, tokenize_prompts
-from proma_trl.rewards import accuracy_reward, format_reward
+from proma_trl.tools.data import gold_answer, tokenize_prompts
+from proma_trl.tools.rewards import accuracy_reward, format_reward
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,18 @@ A subclass computes around the lookup, so what is intercepted is the lookup itse
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .factored import Rows
+from .forms import Rows
+from .layer import Layer, Sink, alias, by_sequence
 
 
-class LookupMode(TorchFunctionMode):
+class _LookupMode(TorchFunctionMode):
     """
     While active, hands the lookups in `weight` to `lookup(ids, weight, padding_idx)`.
 
@@ -55,7 +57,7 @@ def embedding_refusal(module: nn.Embedding) -> str | None:
     return None
 
 
-def embedding_grads(
+def _embedding_grads(
     ids: torch.Tensor, padding_idx: int | None, num_embeddings: int, grad_output: torch.Tensor
 ) -> Rows:
     """
@@ -70,3 +72,49 @@ def embedding_grads(
     if padding_idx is not None:
         values = values.masked_fill((ids == padding_idx % num_embeddings).unsqueeze(-1), 0)
     return Rows(ids, values, num_embeddings)
+
+
+class EmbeddingLayer(Layer):
+    """An embedding: its lookups, wherever its forward makes them, run on the detached weight."""
+
+    def enter(self, sink: Sink, args: tuple, kwargs: dict) -> None:
+        self.entered = True
+        self.mode = _LookupMode(self.module.weight, partial(self.lookup, sink))
+        self.mode.__enter__()
+
+    def exit(self) -> None:
+        self.mode.__exit__(None, None, None)
+        self.mode = None
+        self.entered = False
+
+    def lookup(self, sink: Sink, ids: torch.Tensor, weight: nn.Parameter, padding_idx: int | None) -> torch.Tensor:
+        ids = self.per_sequence(sink, ids)
+        output = F.embedding(ids, weight.detach(), padding_idx)
+        return _Lookup.apply(output, ids, padding_idx, sink, weight)
+
+    def per_sequence(self, sink: Sink, ids: torch.Tensor) -> torch.Tensor:
+        k, length = sink.num_sequences, sink.num_tokens
+        if ids.dim() >= 2 and ids.shape[0] == k and (length is None or ids.shape[1] == length):
+            return ids
+        # Positions come once for all sequences
+        if length is not None and ids.shape in ((length,), (1, length)):
+            return ids.expand(k, -1)
+        if length is None and ids.dim() == 1 and len(ids) == k:
+            return ids
+        return by_sequence(sink, ids.unsqueeze(-1), self.name).squeeze(-1)
+
+
+class _Lookup(torch.autograd.Function):
+    """Passes what was looked up on; backward, hands the embedding's sequence gradients over."""
+
+    @staticmethod
+    def forward(ctx, output, ids, padding_idx, sink, weight):
+        ctx.padding_idx, ctx.sink, ctx.weight, ctx.num_rows = padding_idx, sink, weight, len(weight)
+        ctx.save_for_backward(ids)
+        return alias(output)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (ids,) = ctx.saved_tensors
+        grads = _embedding_grads(ids, ctx.padding_idx, ctx.num_rows, grad_output)
+        return None, None, None, None, ctx.sink.receive(ctx.weight, grads)

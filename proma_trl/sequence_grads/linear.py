@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .factored import OuterProducts, SequenceGrads, sum_dtype
+from .forms import OuterProducts, SequenceGrads, sum_dtype
 from .registry import register_rule
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from .factored import sum_dtype
+from .forms import Dense, sum_dtype
+from .layer import Layer, Sink, by_sequence
 from .probe import agree, noise, probe
 from .registry import register_rule
 
@@ -76,3 +77,44 @@ def broadcasts_parameters(module: nn.Module) -> bool:
 def _sum_tokens(values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """`(k, ..., *param.shape)` summed to `(k, *param.shape)`."""
     return values.reshape(values.shape[0], -1, *param.shape).sum(1)
+
+
+class BroadcastLayer(Layer):
+    """A normalization layer: runs on one copy of its parameters a sequence."""
+
+    def enter(self, sink: Sink, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        values = args[0] if args else next(iter(kwargs.values()))
+        per_sequence = by_sequence(sink, values, self.name)
+        self.flattened = per_sequence.dim() != values.dim()
+        if args:
+            args = (per_sequence, *args[1:])
+        else:
+            kwargs = {**kwargs, next(iter(kwargs)): per_sequence}
+        self.entered = True
+        for name, param in self.params.items():
+            self.module.__dict__[name] = _Copies.apply(param, per_sequence.dim(), sink)
+        return args, kwargs
+
+    def exit(self) -> None:
+        for name in self.param_names:
+            self.module.__dict__.pop(name, None)
+        self.entered = False
+
+    def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+        return output.flatten(0, 1) if self.flattened else None
+
+
+class _Copies(torch.autograd.Function):
+    """One copy of a parameter a sequence, `(k, 1, ..., *shape)`; backward, hands their gradients over."""
+
+    @staticmethod
+    def forward(ctx, param, dim, sink):
+        ctx.param, ctx.sink = param, sink
+        k = sink.num_sequences
+        return param.detach().view(*([1] * (dim - param.dim())), *param.shape).repeat(k, *([1] * (dim - 1)))
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        param = ctx.param
+        grads = grad_output.reshape(len(grad_output), *(param.shape or (1,)))
+        return ctx.sink.receive(param, Dense(grads)), None, None

@@ -1,15 +1,10 @@
 """Copies of modules to try out how they treat their parameters, whatever holds the parameters themselves."""
 
-from collections import OrderedDict
-
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
-
-def whole_shape(param: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, also while ZeRO-3 holds but a shard of it."""
-    return getattr(param, "ds_shape", param.shape)
+from ..backends import whole_shape
+from ..torch_internals import own_parameters, without_hooks
 
 
 def runs_as(module: nn.Module) -> object:
@@ -23,17 +18,14 @@ def probe(module: nn.Module) -> nn.Module:
     A shallow copy of a module in evaluation mode, without hooks and with noise for its own parameters: those may be
     sharded (ZeRO-3, FSDP2) or yet to be loaded (on the meta device).
     """
-    # `fully_shard` puts a class of its own before a module's, which makes no copies
-    kind = type(module).__bases__[1] if isinstance(module, FSDPModule) else type(module)
-    copy = kind.__new__(kind)
-    copy.__dict__ = {**module.__dict__, "_forward_pre_hooks": OrderedDict(), "_forward_hooks": OrderedDict()}
+    params = {
+        name: None if param is None else nn.Parameter(noise(*whole_shape(param), like=param), param.requires_grad)
+        for name, param in own_parameters(module).items()
+    }
+    copy = without_hooks(module, params)
     if "forward" in copy.__dict__:
         copy.forward = runs_as(module).__get__(copy)
     copy.training = False
-    copy._parameters = {
-        name: None if param is None else nn.Parameter(noise(*whole_shape(param), like=param), param.requires_grad)
-        for name, param in module._parameters.items()
-    }
     return copy
 
 

@@ -1,11 +1,14 @@
-"""Which layers yield sequence gradients, and how: a registry that users can extend."""
+"""Layers with a rule: a function from what went into a module, and the gradient of what came out, to the gradients of
+its parameters for each sequence. The registry of these rules can be extended by users."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from .factored import SequenceGrads
+from ..torch_internals import backward_runs
+from .forms import Dense, SequenceGrads
+from .layer import Layer, Sink, alias, by_sequence
 from .probe import agree, noise, probe, runs_as
 
 Rule = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], dict[str, "torch.Tensor | SequenceGrads"]]
@@ -87,3 +90,89 @@ def _holds(rule: Rule, module: nn.Module) -> bool:
     except Exception:  # a trial: a module that cannot take this input is one that the rule is not for
         return False
     return True
+
+
+class RuleLayer(Layer):
+    """A module with a rule: its parameters take no gradient while it runs; a node behind its output forms theirs."""
+
+    def __init__(self, name: str, module: nn.Module, param_names: tuple[str, ...], rule: Rule):
+        super().__init__(name, module, param_names)
+        self.rule = rule
+
+    def enter(self, sink: Sink, args: tuple, kwargs: dict) -> None:
+        self.entered = True
+        # ZeRO-3 frees the memory of a parameter when its module has run, and gets it back for the backward pass.
+        # Detached tensors would keep that memory alive. Where a checkpointed layer runs again just before its
+        # backward pass they must: torch compares what is saved then with what was saved first.
+        runs_again = backward_runs()
+        for name, param in self.params.items():
+            if runs_again:
+                self.module.__dict__[name] = param.detach()
+            else:
+                param.requires_grad_(False)
+
+    def exit(self) -> None:
+        for name, param in self.params.items():
+            self.module.__dict__.pop(name, None)
+            param.requires_grad_(True)
+        self.entered = False
+
+    def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"`{self.name}` has a rule, so its output must be one tensor, got {type(output)}.")
+        inputs = [_as_multiplied(x.detach(), output) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        return _RuleOutput.apply(output, self, sink, len(inputs), *inputs, *self.params.values())
+
+    def grads(
+        self,
+        sink: Sink,
+        params: dict[str, nn.Parameter],
+        inputs: tuple[torch.Tensor, ...],
+        grad_output: torch.Tensor,
+    ) -> dict[str, SequenceGrads]:
+        inputs = tuple(by_sequence(sink, x, self.name) for x in inputs)
+        grad_output = by_sequence(sink, grad_output, self.name)
+        with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
+            found = self.rule(self.module, inputs, grad_output)
+        grads = {}
+        for name, param in params.items():
+            value = found.get(name)
+            if isinstance(value, torch.Tensor):
+                expected = (sink.num_sequences, *param.shape)
+                if value.shape != expected:
+                    raise ValueError(
+                        f"The rule for `{self.name}` ({type(self.module).__name__}) returned gradients of shape "
+                        f"{tuple(value.shape)} for `{name}`; they must have shape {expected}, one a sequence."
+                    )
+                value = Dense(value.unsqueeze(1) if param.dim() == 0 else value)
+            if value is None:
+                raise ValueError(
+                    f"The rule for `{self.name}` ({type(self.module).__name__}) returned no gradients for its "
+                    f"trainable parameter `{name}`."
+                )
+            grads[name] = value
+        return grads
+
+
+class _RuleOutput(torch.autograd.Function):
+    """Passes a layer's output on; backward, hands its parameters' sequence gradients over."""
+
+    @staticmethod
+    def forward(ctx, output, layer, sink, num_inputs, *tensors):
+        ctx.layer, ctx.sink, ctx.num_inputs = layer, sink, num_inputs
+        ctx.params = dict(zip(layer.param_names, tensors[num_inputs:], strict=True))
+        ctx.save_for_backward(*tensors[:num_inputs])
+        return alias(output)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        layer, sink = ctx.layer, ctx.sink
+        grads = layer.grads(sink, ctx.params, ctx.saved_tensors, grad_output)
+        emissions = [sink.receive(param, grads[name]) for name, param in ctx.params.items()]
+        return grad_output, None, None, None, *([None] * ctx.num_inputs), *emissions
+
+
+def _as_multiplied(tensor: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """An input as autocast cast it for the layer's product: half the memory, and on CUDA its fast products."""
+    lower = tensor.dtype == torch.float32 and output.dtype in (torch.bfloat16, torch.float16)
+    return tensor.to(output.dtype) if lower else tensor

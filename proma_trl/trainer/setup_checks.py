@@ -1,4 +1,4 @@
-"""Checks of a trainer's setup before training: what the projection does not work with, and settings without effect."""
+"""Checks of a trainer's setup before training: what sequence gradients can't be had with, settings without effect."""
 
 from collections.abc import Iterator
 
@@ -6,63 +6,38 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
-from .config import PROMAConfig
-from .distributed import is_deepspeed
+from ..backends import is_deepspeed
+from .config import REINFORCE_SETTINGS, PROMAConfig
 
 
 def settings_without_effect(args: PROMAConfig, accelerator: Accelerator) -> list[str]:
     """
-    Returns a sentence for each setting of the projection that was set and has no effect in this setup.
+    Returns a sentence for each setting of the update rule that was set and has no effect in this setup.
 
     Args:
         args ([`PROMAConfig`]): The configuration.
         accelerator (`Accelerator`): What will prepare the model.
     """
-    if not args.projection_settings().removes:
-        off = next(
-            n for n in ("projection", "projection_strength", "projection_bound") if getattr(args, n) in ("none", 0)
-        )
-        others = [name for name in _changed(args) if name not in ("projection", off)]
-        return [
-            f"`{name}={getattr(args, name)!r}` has no effect: `{off}={getattr(args, off)!r}` removes nothing, which "
-            "is REINFORCE."
-            for name in others
-        ]
-    messages = []
-    if args.gradient_accumulation_steps == 1:
-        messages.append(
-            f"`projection={args.projection!r}` has no effect with `gradient_accumulation_steps=1`: PROMA projects "
-            "what earlier microbatches of an optimizer step have accumulated, and there are none, so that this run is "
-            "REINFORCE. Set `gradient_accumulation_steps` to 4 or more (the default is 16), with a smaller "
-            "`per_device_train_batch_size` if the batch is to stay the same."
-        )
-    if args.projection != "iterative" and "projection_sweeps" in _changed(args):
-        messages.append(
-            f"`projection_sweeps={args.projection_sweeps}` has no effect with `projection={args.projection!r}`: only "
-            '`projection="iterative"` makes sweeps.'
-        )
+    messages, rule = args.settings_without_effect(), args.update_rule()
+    if rule.is_plain:
+        return messages
     if args.projection_scope == "global" and accelerator.num_processes == 1:
         messages.append(
             '`projection_scope="global"` has no effect with one process, whose sequences are all there are.'
         )
     keeps_sums = (
-        args.projection_scope == "local"
+        rule.needs_accumulated
+        and args.projection_scope == "local"
         and is_deepspeed(accelerator)
         and accelerator.state.deepspeed_plugin.zero_stage >= 2
     )
-    if "projection_accumulator_dtype" in _changed(args) and not keeps_sums:
+    if "projection_accumulator_dtype" in args.changed_settings() and not keeps_sums:
         messages.append(
             f"`projection_accumulator_dtype={args.projection_accumulator_dtype!r}` has no effect here: it is for "
             'DeepSpeed ZeRO-2 and ZeRO-3 with `projection_scope="local"`. Elsewhere, gradients accumulate where the '
             "backend keeps them."
         )
     return messages
-
-
-def _changed(args: PROMAConfig) -> list[str]:
-    """Settings of the projection that differ from their defaults."""
-    fields = PROMAConfig.__dataclass_fields__
-    return [n for n, f in fields.items() if n.startswith("projection") and getattr(args, n) != f.default]
 
 
 def check_setup(accelerator: Accelerator, num_gpus: int, model: nn.Module) -> None:
@@ -79,7 +54,7 @@ def check_setup(accelerator: Accelerator, num_gpus: int, model: nn.Module) -> No
     """
     for problem, way_out in _problems(accelerator, num_gpus, model):
         raise ValueError(
-            f'PROMA\'s projection does not work with {problem}. {way_out} Or set `projection="none"`, which is '
+            f"PROMA's projection does not work with {problem}. {way_out} Or set {REINFORCE_SETTINGS}, which is "
             "REINFORCE."
         )
 

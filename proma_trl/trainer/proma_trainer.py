@@ -2,7 +2,6 @@
 
 import logging
 import math
-import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -17,41 +16,21 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from .accumulation import Microbatch, ProjectedAccumulation, random_numbers_kept
+from ..accumulation import ProjectedAccumulation
+from ..accumulation.microbatch import Microbatch
+from ..accumulation.sequence_check import random_numbers_kept
+from ..rules import PROMA
 from .config import PROMAConfig
+from .fused_head import sequence_head
 from .model_card import ModelCardMixin
 from .sampling import check_server
-from .sequence_grads.fused_head import check_trl, sequence_head
 from .setup_checks import check_setup, settings_without_effect
+from .trl_internals import SCORING, check_trl, recorded, replaced
 
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def replaced(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """Within the context, an object has another attribute than its own or its class's."""
-    own = vars(instance).get(name, instance)
-    setattr(instance, name, value)
-    try:
-        yield
-    finally:
-        if own is instance:
-            delattr(instance, name)
-        else:
-            setattr(instance, name, own)
-
-
-@contextmanager
-def recorded(instance: Any, name: str) -> Iterator[dict[str, Any]]:
-    """Within the context, what a method returns is kept as `"result"`."""
-    method, results = getattr(instance, name), {}
-
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        results["result"] = method(*args, **kwargs)
-        return results["result"]
-
-    with replaced(instance, name, recording):
-        yield results
+_RULE_FILE = "update_rule.pt"
 
 
 class _LogAtStart(TrainerCallback):
@@ -76,7 +55,11 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
     sequences change their probability fastest are removed from what has been accumulated in the step.
 
     Beside GRPO's metrics it logs `projection/norm_ratio`, `projection/bounded_fraction` and `projection/overlap`; see
-    [`ProjectedAccumulation.pop_metrics`].
+    [`PROMA.observe`].
+
+    Attributes:
+        accumulation ([`ProjectedAccumulation`] or `None`):
+            What accumulates gradients; `None` where settings amount to REINFORCE, which needs none.
 
     Raises:
         ValueError: At construction, for a setting that can't be honoured or a layer without sequence gradients; at the
@@ -101,17 +84,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
     _tag_names: ClassVar[list[str]] = ["trl", "proma", "proma-trl"]
     _name = "PROMA"
-    _paper: ClassVar[dict[str, str]] = {
-        "title": "PROMA: Projected Microbatch Accumulation for Reference-Free Proximal Policy Updates",
-        "id": "2601.10498",
-        "citation": textwrap.dedent("""\
-            @article{abrahamsen2026proma,
-                title        = {{PROMA: Projected Microbatch Accumulation for Reference-Free Proximal Policy Updates}},
-                author       = {Nilin Abrahamsen},
-                year         = 2026,
-                eprint       = {arXiv:2601.10498},
-            }"""),
-    }
+    _paper: ClassVar[dict[str, str]] = PROMA().papers[0]
 
     def __init__(
         self,
@@ -136,11 +109,12 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         if not isinstance(args, PROMAConfig):
             raise TypeError(f"`args` must be a `PROMAConfig`, got `{type(args).__name__}`.")
         check_trl()
-        settings = args.projection_settings()
-        # With one microbatch a step there is nothing to project
-        projects = settings.removes and args.gradient_accumulation_steps > 1
-        if not projects:
-            self._name, self._paper, self._tag_names = "REINFORCE", {}, ["trl", "reinforce", "proma-trl"]
+        rule = args.update_rule()
+        # With one microbatch a step, nothing has been accumulated before it
+        acting = rule.without_accumulated() if args.gradient_accumulation_steps == 1 else rule
+        self._name, self._tag_names = acting.name, ["trl", *acting.tags, "proma-trl"]
+        self._paper, self._card_papers = acting.papers[0] if acting.papers else {}, acting.papers[1:]
+        self._card_settings = args.rule_settings()
         super().__init__(
             model,
             reward_funcs,
@@ -172,17 +146,13 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             self.add_callback(_LogAtStart(without_effect))
         # Ratios stay unclipped
         self.epsilon_low = self.epsilon_high = math.inf
-        if args.projection == "none":
-            self._card_settings = ["projection"]
-        elif projects:
-            self._card_settings = [name for name in vars(args) if name.startswith("projection")]
         self._checked = False
-        self._accumulation: ProjectedAccumulation | None = None
-        if settings.removes:
+        self.accumulation: ProjectedAccumulation | None = None
+        if not rule.is_plain:
             check_setup(self.accelerator, args.n_gpu, self.model)
-            self._accumulation = ProjectedAccumulation(
+            self.accumulation = ProjectedAccumulation(
                 self.model,
-                settings,
+                rule,
                 microbatch_size=args.per_device_train_batch_size,
                 memory_budget=args.projection_memory_budget,
                 accelerator=self.accelerator,
@@ -192,7 +162,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         training = self.model.training
-        if training and self._accumulation is not None:
+        if training and self.accumulation is not None:
             loss = self._projected_loss(model, inputs)
         else:
             loss = super()._compute_loss(model, inputs)
@@ -215,14 +185,14 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
                 self._checked = True
                 self._check_first_microbatch(model, inputs)
             ones = torch.ones_like(advantages, requires_grad=True)
-            with self._accumulation.capture() as microbatch, self._head(microbatch, inputs):
+            with self.accumulation.capture() as microbatch, self._head(microbatch, inputs):
                 objective = super()._compute_loss(model, {**inputs, "advantages": ones})
             (shares,) = torch.autograd.grad(objective, ones, retain_graph=True)
-        return self._accumulation.loss(objective, advantages, value=(shares * advantages).sum())
+        return self.accumulation.loss(objective, advantages, value=(shares * advantages).sum())
 
     def _head(self, microbatch: Microbatch, inputs: dict[str, Any]) -> AbstractContextManager:
         """The fused LM head, with sequence gradients where these are not simply the microbatch's."""
-        if self._accumulation.microbatch_size == 1:
+        if self.accumulation.microbatch_size == 1:
             return nullcontext()
         return sequence_head(microbatch, inputs["completion_ids"].size(1))
 
@@ -246,7 +216,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
         with replaced(self, "_metrics", {mode: defaultdict(list) for mode in self._metrics}):
             self._check_linearity(model, inputs)
-            self._accumulation.check_sequences(objective, len(inputs["advantages"]))
+            self.accumulation.check_sequences(objective, len(inputs["advantages"]))
 
     def _check_linearity(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         """
@@ -256,15 +226,14 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             RuntimeError: If it is not.
         """
         ones = torch.ones_like(inputs["advantages"], requires_grad=True)
-        scoring = "_get_per_token_logps_and_entropies"
-        with random_numbers_kept(ones.device), torch.no_grad(), recorded(self, scoring) as scored:
+        with random_numbers_kept(ones.device), torch.no_grad(), recorded(self, SCORING) as scored:
             GRPOTrainer._compute_loss(self, model, {**inputs, "advantages": ones.detach()})
         log_probs, *others = scored["result"]
 
         def loss_and_gradients(advantages: torch.Tensor) -> tuple[torch.Tensor, ...]:
             """The loss, and its gradients by log-probabilities and advantages, without another forward pass."""
             leaf, advantages = log_probs.detach().requires_grad_(), advantages.detach().requires_grad_()
-            with replaced(self, scoring, lambda *args, **kwargs: (leaf, *others)):
+            with replaced(self, SCORING, lambda *args, **kwargs: (leaf, *others)):
                 loss = GRPOTrainer._compute_loss(self, model, {**inputs, "advantages": advantages})
             return loss.detach(), *torch.autograd.grad(loss, (leaf, advantages))
 
@@ -318,36 +287,65 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         return f"What was trained is in {self.args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._accumulation is not None and self.model.training:
-            for name, value in self._accumulation.pop_metrics().items():
-                self._metrics["train"][f"projection/{name}"].append(value)
+        if self.accumulation is not None and self.model.training:
+            for name, value in self.accumulation.pop_metrics().items():
+                self._metrics["train"][name].append(value)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        # Between two optimizer steps on one generation, TRL would forget the completions and generate again on resume.
-        # They are there first, as TRL may push what it has saved.
-        if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
-            checkpoint = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            rollout = {
-                "global_step": self.state.global_step,
-                "ranks": self.accelerator.num_processes,
-                "step": self._step,
-                "inputs": self._buffered_inputs,
-            }
-            checkpoint.mkdir(parents=True, exist_ok=True)  # each node may have a disk of its own
-            torch.save(rollout, checkpoint / self._rollout_file())
+        # They are there first, as TRL may push what it has saved
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._save_rollout(folder)
+        self._save_rule(folder)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        path = Path(checkpoint or "") / self._rollout_file()
-        if checkpoint is not None and path.is_file():
-            rollout = torch.load(path, map_location="cpu", weights_only=True)
-            # With another number of ranks, completions would be missing or twice there: TRL generates anew. The file
-            # is another step's where checkpoints replace each other, as `last-checkpoint` on the Hub.
-            if (rollout["global_step"], rollout["ranks"]) == (self.state.global_step, self.accelerator.num_processes):
-                self._step = rollout["step"]
-                self._buffered_inputs = send_to_device(rollout["inputs"], self.accelerator.device)
+        if checkpoint is not None:
+            self._load_rollout(Path(checkpoint))
+            self._load_rule(Path(checkpoint))
+
+    def _save_rollout(self, folder: Path) -> None:
+        """Between two optimizer steps on one generation, TRL would forget the completions and generate again."""
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            return
+        rollout = {
+            "global_step": self.state.global_step,
+            "ranks": self.accelerator.num_processes,
+            "step": self._step,
+            "inputs": self._buffered_inputs,
+        }
+        folder.mkdir(parents=True, exist_ok=True)  # each node may have a disk of its own
+        torch.save(rollout, folder / self._rollout_file())
+
+    def _load_rollout(self, folder: Path) -> None:
+        path = folder / self._rollout_file()
+        if not path.is_file():
+            return
+        rollout = torch.load(path, map_location="cpu", weights_only=True)
+        # With another number of ranks, completions would be missing or twice there: TRL generates anew. The file is
+        # another step's where checkpoints replace each other, as `last-checkpoint` on the Hub.
+        if (rollout["global_step"], rollout["ranks"]) == (self.state.global_step, self.accelerator.num_processes):
+            self._step = rollout["step"]
+            self._buffered_inputs = send_to_device(rollout["inputs"], self.accelerator.device)
+
+    def _save_rule(self, folder: Path) -> None:
+        state = {} if self.accumulation is None else self.accumulation.state_dict()
+        if state and self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save({"rule": self.accumulation.rule.name, "state": state}, folder / _RULE_FILE)
+
+    def _load_rule(self, folder: Path) -> None:
+        if self.accumulation is None or not (folder / _RULE_FILE).is_file():
+            return
+        saved, name = (
+            torch.load(folder / _RULE_FILE, map_location="cpu", weights_only=True),
+            self.accumulation.rule.name,
+        )
+        if saved["rule"] == name:
+            self.accumulation.load_state_dict(saved["state"])
+        else:
+            logger.warning("%s holds the state of %s: %s starts without one.", folder, saved["rule"], name)
 
     def _rollout_file(self) -> str:
         return f"rollout_{self.accelerator.process_index}.pt"

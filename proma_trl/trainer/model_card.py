@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult, ModelCard
 from peft import PeftModel
 from trl import GRPOTrainer
 
-from .callbacks import ACCURACY
+# Greedy accuracy on held-out problems, as `GreedyEvaluation` logs it
+ACCURACY = "eval_accuracy"
 
 FIGURE = "figure.png"
 
@@ -72,8 +73,9 @@ class ModelCardMixin:
     """
 
     card_dataset: CardDataset | None = None
-    # Arguments that the card shows beside those that all trainers share
+    # Arguments that the card shows beside those that all trainers share, and papers that it cites beside `_paper`
     _card_settings: Sequence[str] = ()
+    _card_papers: Sequence[Mapping[str, str]] = ()
 
     def create_model_card(
         self,
@@ -92,6 +94,7 @@ class ModelCardMixin:
                 base_model=self.model.config._name_or_path,
                 dataset=dataset,
                 adapter=isinstance(self.model, PeftModel),
+                papers=self._card_papers,
             )
 
 
@@ -103,6 +106,7 @@ def complete_model_card(
     base_model: str = "",
     dataset: CardDataset | None = None,
     adapter: bool = False,
+    papers: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """
     Completes the card that TRL has written as `README.md`: the settings, first and last metrics, the figure if the
@@ -121,6 +125,8 @@ def complete_model_card(
             The data, if they are on the Hub.
         adapter (`bool`, *optional*, defaults to `False`):
             Whether the folder holds an adapter alone.
+        papers (`Sequence[Mapping[str, str]]`, *optional*):
+            Papers to cite that TRL's card does not: `title`, `citation`.
     """
     card = ModelCard.load(folder / "README.md")
     data = card.data
@@ -149,6 +155,9 @@ def complete_model_card(
     if (folder / FIGURE).is_file():
         section += f"![The run's metrics over its optimizer steps]({FIGURE})\n\n"
     text = _insert(text, "### Framework versions", section)
+    for paper in papers:
+        cite = f"Cite {paper['title'].partition(':')[0]} as:\n\n```bibtex\n{paper['citation']}\n```\n\n"
+        text = _insert(text, "Cite TRL as:", cite)
     grpo = GRPOTrainer._paper["citation"]
     if grpo not in text:
         cite = f"Cite GRPO, whose group-relative advantages it takes, as:\n\n```bibtex\n{grpo}\n```\n\n"

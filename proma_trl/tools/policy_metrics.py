@@ -12,6 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import GRPOTrainer, RLOOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
+from ..backends import weights_are_sharded
+
 _VISION_INPUTS = (
     "pixel_values",
     "image_grid_thw",
@@ -161,7 +163,7 @@ class PolicyMetrics(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         trainer = self.trainer
-        if (self.lag or self._initial is not None) and _is_sharded(trainer):
+        if (self.lag or self._initial is not None) and weights_are_sharded(trainer.accelerator):
             raise RuntimeError(
                 "The policy's weights are spread over ranks, so PolicyMetrics can't keep copies of them for "
                 "`kl/lagged` and `kl/global`. Pass `lag=None, initial=False` to measure `kl/local` alone, or train "
@@ -261,7 +263,7 @@ class PolicyMetrics(TrainerCallback):
             trainer.model.train(was_training)
 
     def _sequences_at_a_time(self, length: int) -> int:
-        if _is_sharded(self.trainer):
+        if weights_are_sharded(self.trainer.accelerator):
             # All ranks have to run the model equally often, and lengths differ between them
             return 1
         vocabulary = self.trainer.model.config.get_text_config().vocab_size
@@ -293,8 +295,3 @@ class PolicyMetrics(TrainerCallback):
         finally:
             for name, param in self._trainable():
                 param.data = own[name]
-
-
-def _is_sharded(trainer: GRPOTrainer | RLOOTrainer) -> bool:
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and plugin.zero_stage == 3)

@@ -11,10 +11,9 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
+from ..trainer.model_card import ACCURACY
 from .data import tokenize_prompts
 from .rewards import accuracy_reward
-
-ACCURACY = "eval_accuracy"
 
 
 class GreedyEvaluation(TrainerCallback):

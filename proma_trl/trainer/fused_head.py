@@ -5,25 +5,19 @@ again, a range of the vocabulary at a time. The forward pass is TRL's own kernel
 weight's gradient is needed for each sequence, `s_i = sum_t dlogits_it h_it^T`.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-import trl.trainer.utils as trl_utils
 from torch import nn
-from trl.kernels import ChunkedLogProbFunction
 
-from .factored import Dense, OuterProducts, SequenceGrads, sum_dtype
-from .layers import Sink
+from ..sequence_grads.forms import Dense, OuterProducts, SequenceGrads, sum_dtype
+from ..sequence_grads.layer import Sink
+from .trl_internals import gathered_head, kernel_forward, kernel_state, replaced_kernel
 
 # Elements of one range of logits: (k T) x (range of the vocabulary), 32 MiB in float32
 _TILE_ELEMENTS = 2**23
-
-_KERNEL_ARGUMENTS = (
-    "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs".split()
-)
 
 
 class HeadSink(Sink, Protocol):
@@ -31,27 +25,6 @@ class HeadSink(Sink, Protocol):
 
     def head_form(self, param: nn.Parameter, num_positions: int) -> str:
         """`"dense"`, `"factors"` or `"recompute"`, for `num_positions` scored positions a sequence."""
-
-
-def check_trl() -> None:
-    """
-    Check that TRL's fused head is the one that this module knows.
-
-    Raises:
-        RuntimeError: If its internals have moved.
-    """
-    moved = [
-        name
-        for name in ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx")
-        if not hasattr(trl_utils, name)
-    ]
-    if inspect.signature(ChunkedLogProbFunction.forward).parameters.keys() != set(_KERNEL_ARGUMENTS):
-        moved.append("ChunkedLogProbFunction.forward")
-    if moved:
-        raise RuntimeError(
-            f"The fused LM head of the installed TRL has changed ({', '.join(moved)}), and PROMA would miss its "
-            "gradients. Install a TRL version within the bounds of proma-trl's requirements."
-        )
 
 
 @contextmanager
@@ -81,14 +54,8 @@ def sequence_head(sink: HeadSink, num_completion_tokens: int) -> Iterator[None]:
                 None if x is None else nn.functional.pad(x.view(k, -1), (skipped, 0)).flatten() for x in scored
             )
 
-    original, use_triton = trl_utils._ChunkedLogProbFunction, trl_utils._use_triton
-    trl_utils._ChunkedLogProbFunction = Head
-    # On CUDA, TRL would pass unmasked positions only, and which sequence they belong to would be lost
-    trl_utils._use_triton = lambda device: False
-    try:
+    with replaced_kernel(Head) as original:
         yield
-    finally:
-        trl_utils._ChunkedLogProbFunction, trl_utils._use_triton = original, use_triton
 
 
 class _SequenceLogProbs(torch.autograd.Function):
@@ -97,7 +64,7 @@ class _SequenceLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, settings, sink):
         flat = hidden.flatten(0, 1)
-        outputs = ChunkedLogProbFunction.forward(ctx, flat, weight, bias, targets, *settings)
+        outputs = kernel_forward(ctx, flat, weight, bias, targets, *settings)
         ctx.params, ctx.sink, ctx.num_sequences = (weight, bias), sink, len(hidden)
         for param in ctx.params:
             if param is not None and param.requires_grad:
@@ -107,21 +74,21 @@ class _SequenceLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, *_):
         # PROMA refuses entropy bonuses, so that log-probabilities alone carry gradients
-        hidden, weight, bias, targets, log_z, _ = ctx.saved_tensors
+        kernel = kernel_state(ctx)
+        hidden, weight, bias = kernel.hidden, kernel.weight, kernel.bias
         weight_param, bias_param = ctx.params
         k = ctx.num_sequences
         needs_weight, needs_bias = weight.requires_grad, bias is not None and bias.requires_grad
-        # The head does not run as a module, so ZeRO-3 does not gather its weight by itself
-        with trl_utils.maybe_gather_lm_head_ctx(weight, bias), torch.autocast(hidden.device.type, enabled=False):
-            head = _Logits(
+        with gathered_head(weight, bias), torch.autocast(hidden.device.type, enabled=False):
+            head = HeadGrads(
                 hidden.view(k, -1, hidden.shape[-1]),
                 weight,
                 bias,
-                targets.view(k, -1),
-                log_z.view(k, -1),
+                kernel.targets.view(k, -1),
+                kernel.log_z.view(k, -1),
                 grad_logprobs.view(k, -1),
-                ctx.compute_dtype,
-                ctx.kernel_args,
+                kernel.compute_dtype,
+                kernel.transform,
             )
             form = ctx.sink.head_form(weight_param, head.hidden.shape[1]) if needs_weight else None
             grad_hidden, grads, bias_grads = head.backward(form, needs_bias)
@@ -130,9 +97,10 @@ class _SequenceLogProbs(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
 
 
-class _Logits:
+class HeadGrads:
     """
-    Gradients of the logits, made anew for any range of the vocabulary, and with them the weight's `SequenceGrads`.
+    The head weight's sequence gradients, as a form that is recomputed: the gradients of the logits, which they are the
+    products of, are made again for any range of the vocabulary.
 
     Args:
         hidden (`(k, N, H)`), weight (`(V, H)`), bias (`(V,)` or `None`): What the head multiplies.

@@ -7,8 +7,11 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from .projection import ProjectionSettings
-from .validation import check_choice, check_real, check_whole
+from ..rules import PROMA, UpdateRule
+from ..validation import check_choice, check_real, check_whole
+
+# What makes a run REINFORCE, which needs no sequence gradients
+REINFORCE_SETTINGS = '`projection="none"`'
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
@@ -162,14 +165,61 @@ class PROMAConfig(GRPOConfig):
             low=sys.float_info.min,
         )
 
-    def projection_settings(self) -> ProjectionSettings:
-        """The settings of the projection, validated."""
-        return ProjectionSettings(
+    def update_rule(self) -> UpdateRule:
+        """The update rule that these settings describe."""
+        return self.projection_settings()
+
+    def projection_settings(self) -> PROMA:
+        """The projection that these settings describe."""
+        return PROMA(
             method=self.projection,
             sweeps=self.projection_sweeps,
             bound=self.projection_bound,
             strength=self.projection_strength,
         )
+
+    def rule_settings(self) -> list[str]:
+        """Names of the settings that make a run what it is, for its model card."""
+        rule = self.update_rule()
+        if rule.is_plain:
+            return [name for name in ("projection",) if not self._acts(name)]
+        if self.gradient_accumulation_steps == 1 and rule.without_accumulated().is_plain:
+            return []
+        return [name for name in vars(self) if name.startswith("projection")]
+
+    def settings_without_effect(self) -> list[str]:
+        """Returns a sentence for each setting that was set and has no effect beside the others."""
+        changed = self.changed_settings()
+        if not self.projection_settings().removes:
+            off = next(n for n in ("projection", "projection_strength", "projection_bound") if not self._acts(n))
+            return [
+                f"`{name}={getattr(self, name)!r}` has no effect: `{off}={getattr(self, off)!r}` removes nothing, "
+                "which is REINFORCE."
+                for name in changed
+                if name not in ("projection", off)
+            ]
+        messages = []
+        if self.gradient_accumulation_steps == 1:
+            messages.append(
+                f"`projection={self.projection!r}` has no effect with `gradient_accumulation_steps=1`: PROMA projects "
+                "what earlier microbatches of an optimizer step have accumulated, and there are none, so that this "
+                "run is REINFORCE. Set `gradient_accumulation_steps` to 4 or more (the default is 16), with a smaller "
+                "`per_device_train_batch_size` if the batch is to stay the same."
+            )
+        if self.projection != "iterative" and "projection_sweeps" in changed:
+            messages.append(
+                f"`projection_sweeps={self.projection_sweeps}` has no effect with `projection={self.projection!r}`: "
+                'only `projection="iterative"` makes sweeps.'
+            )
+        return messages
+
+    def changed_settings(self) -> list[str]:
+        """Names of the update rule's settings that differ from their defaults."""
+        fields = self.__dataclass_fields__
+        return [n for n, f in fields.items() if n.startswith("projection") and getattr(self, n) != f.default]
+
+    def _acts(self, name: str) -> bool:
+        return getattr(self, name) not in ("none", 0)
 
     def _refuse_unused(self) -> None:
         if self.loss_type not in LOSS_TYPES:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .runs import Curves, mean_and_spread
+from .curves import Curves, mean_and_spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +97,7 @@ def draw_sweep(summaries: Mapping[float, Mapping[str, Mapping[str, float]]], ste
 
     Args:
         summaries (`Mapping`):
-            Of each learning rate and each algorithm, what [`~proma_trl.runs.summarize`] returned.
+            Of each learning rate and each algorithm, what [`~proma_trl.tools.curves.summarize`] returned.
         stem (`Path`):
             The files' path without suffix.
 

@@ -1,0 +1,306 @@
+"""`ProjectedAccumulation`: a model, an update rule, and the loop between them.
+
+What autograd accumulates is changed, not how. For each parameter, the ordinary gradient of a backward pass is replaced
+by `sum_i c_i s_i`, so that `param.grad` becomes the rule's accumulated gradient by the addition that autograd does
+anyway. The package's README follows one parameter tensor through a backward pass.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from ..backends import Backend, backend_for, is_distributed
+from ..rules import PROMA, REINFORCE, UpdateRule
+from ..sequence_grads.tensor import Scratch
+from ..torch_internals import backward_id, backward_runs
+from ..validation import check_choice, check_real, check_whole
+from .accumulators import SCOPES, Accumulator, accumulator_for
+from .hooks import ModelHooks
+from .microbatch import NOT_CAPTURED, Engine, Microbatch, Phase, StartBackward
+from .sequence_check import check_sequences
+
+
+class ProjectedAccumulation:
+    """
+    Accumulates gradients in `param.grad` by an update rule, for every trainable parameter of a model.
+
+    Args:
+        model (`nn.Module`):
+            Model whose forward pass takes the microbatch. Its trainable parameters are those that require gradients.
+        rule ([`UpdateRule`], *optional*):
+            From a tensor's inner products to coefficients. Defaults to [`PROMA`] with the paper's settings.
+        microbatch_size (`int`):
+            Largest number of sequences in a microbatch. With `1`, every architecture works.
+        memory_budget (`float`, defaults to `0.5`):
+            GiB that the sequence gradients of one parameter may take; larger ones are worked on in parts.
+        accelerator (`Accelerator`, *optional*):
+            What prepares the model. Its `sync_gradients` says where an accumulation ends. Needed with DeepSpeed and
+            with a global scope; without it, gradients must accumulate in `param.grad`, as they do on one device, under
+            DDP's `no_sync` and under FSDP2's `set_requires_gradient_sync(False)`, and be set to `None` after each
+            optimizer step (`optimizer.zero_grad()`), by which a rule with a state knows that a step is over.
+        scope (`str`, defaults to `"local"`):
+            `"local"`: each rank's rule sees its own accumulation and sequences. `"global"`: all ranks together do what
+            one rank would do whose microbatch were the union of theirs.
+        accumulator_dtype (`torch.dtype`, defaults to `torch.float32`):
+            What a rank's own accumulation is kept in where the backend does not keep it: ZeRO-2, ZeRO-3.
+
+    Raises:
+        ValueError: If an argument is out of range, or if `microbatch_size > 1` and a layer that holds trainable
+            parameters has no rule for its sequence gradients.
+        TypeError: If `rule` is no [`UpdateRule`].
+
+    Example:
+
+    ```python
+    accumulation = ProjectedAccumulation(model, microbatch_size=8)
+    for microbatch, advantages in microbatches:
+        with accumulation.capture():
+            log_probs = sequence_log_probs(model, microbatch)  # (8,)
+        accumulation.loss(-log_probs, advantages).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: UpdateRule | None = None,
+        *,
+        microbatch_size: int,
+        memory_budget: float = 0.5,
+        accelerator: Accelerator | None = None,
+        scope: str = "local",
+        accumulator_dtype: torch.dtype = torch.float32,
+    ):
+        check_whole("microbatch_size", microbatch_size)
+        check_real("memory_budget", memory_budget, "a positive, finite number of GiB", low=sys.float_info.min)
+        check_choice("scope", scope, SCOPES)
+        if scope == "global" and accelerator is None:
+            raise ValueError('`scope="global"` needs the `accelerator`, which says where an accumulation ends.')
+        if not isinstance(rule, UpdateRule | None):
+            raise TypeError(f"`rule` must be an `UpdateRule`, such as `PROMA()`, got {rule!r}.")
+        self.model = model
+        self.rule = PROMA() if rule is None else rule
+        self.microbatch_size = microbatch_size
+        self.memory_budget = memory_budget
+        self.accelerator = accelerator
+        self.scope = scope
+        self.accumulator_dtype = accumulator_dtype
+        self._captured: Microbatch | None = None
+        self._running: Microbatch | None = None
+        self._backend: Backend | None = None
+        self._accumulator: Accumulator | None = None
+        self._scratch = Scratch()
+        self._metrics: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+        self._step_began = False
+        self._hooks: ModelHooks | None = ModelHooks(model, microbatch_size, self._active)
+
+    @contextmanager
+    def capture(self) -> Iterator[Microbatch]:
+        """
+        Record the forward pass of a microbatch. The loss and `backward` come after it.
+
+        Raises:
+            RuntimeError: Within another `capture()`.
+        """
+        with self._capture(self.rule) as microbatch:
+            yield microbatch
+
+    def loss(
+        self, objective: torch.Tensor, advantages: torch.Tensor, value: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        The loss whose `backward` accumulates the captured microbatch.
+
+        Args:
+            objective (`(k,)` or scalar):
+                What each sequence minimizes at an advantage of one (`-log_probs`, weighted and normalized), or its
+                sum over the sequences.
+            advantages (`(k,)`):
+                `A_i`: the policy gradient is `sum_i A_i d objective_i`.
+            value (scalar, *optional*):
+                Value to report. Defaults to `sum_i A_i objective_i`; required where `objective` is a sum.
+
+        Returns:
+            scalar: `value`, to be scaled as one likes and sent backward.
+
+        Raises:
+            ValueError: If shapes don't match the captured microbatch.
+            RuntimeError: If no forward pass was captured, or it has been sent backward already.
+        """
+        microbatch = self._captured
+        if microbatch is None:
+            raise RuntimeError(NOT_CAPTURED)
+        microbatch.weigh(advantages)
+        k = microbatch.num_sequences
+        if objective.shape not in ((k,), ()):
+            raise ValueError(f"`objective` must have shape ({k},) or be a scalar, got {objective.shape}.")
+        if value is None:
+            if objective.dim() == 0:
+                raise ValueError("`value` is required where `objective` is a sum over sequences.")
+            value = (objective.detach() * microbatch.advantages).sum()
+        self._hooks.hook_leaves(self._backend)
+        return StartBackward.apply(objective, value.detach(), microbatch)
+
+    def check_sequences(
+        self, objective: Callable[[torch.Tensor, Microbatch | None], torch.Tensor], num_sequences: int
+    ) -> None:
+        """
+        Check on a microbatch that the sequence gradients `s_i` are what they should be: for random `r`,
+        `sum_i r_i s_i` is the ordinary gradient of `sum_i r_i objective_i`. It takes two forward and backward passes,
+        leaves the model's gradients alone, and does nothing with one sequence a microbatch, or where DeepSpeed or FSDP
+        reduce gradients within the backward pass. Call it before the first microbatch of an optimizer step.
+
+        Args:
+            objective (`Callable`): Runs the forward pass; `objective(weights, microbatch)` returns
+                `sum_i weights_i objective_i` for weights of shape `(k,)`. `microbatch` is `None` in an ordinary pass.
+            num_sequences (`int`): k.
+
+        Raises:
+            RuntimeError: If a parameter's sequence gradients are wrong, with its name.
+        """
+        if self.microbatch_size == 1 or num_sequences == 1:
+            return
+        if backend_for(self.model, self.accelerator).reduces_in_backward:
+            return
+
+        def ordinary(weights: torch.Tensor) -> torch.dtype:
+            loss = objective(weights, None)
+            loss.backward()
+            return loss.dtype
+
+        def captured(weights: torch.Tensor) -> torch.dtype:
+            with self._capture(REINFORCE()) as microbatch:
+                total = objective(torch.ones_like(weights), microbatch)
+            self.loss(total, weights, value=total.detach()).backward()
+            return microbatch.precision(next(self._trainable())[1].dtype)
+
+        check_sequences(self.model, ordinary, captured, num_sequences)
+
+    def end_step(self) -> None:
+        """
+        An optimizer step is over. Needed only with a rule that has a state, in a loop without an `accelerator` in
+        which gradients are not set to `None` after the step.
+        """
+        self._step_began = False
+        if self._accumulator is not None:
+            self._accumulator.end()
+        self.rule.end_step([name for name, _ in self._trainable()], self._average)
+
+    def pop_metrics(self) -> dict[str, float]:
+        """
+        What the rule logged since the last call, averaged over microbatches; see the rule's `observe`. Empty if it has
+        had nothing to do. The only place that waits for the device.
+        """
+        means = {name: torch.stack(values).mean().item() for name, values in self._metrics.items()}
+        self._metrics.clear()
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """The update rule's state, for a checkpoint; the same on all ranks."""
+        return self.rule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` returned."""
+        self.rule.load_state_dict(state)
+
+    def detach(self) -> None:
+        """Remove all hooks: `backward` is ordinary again, until the next `capture`."""
+        self._hooks.remove()
+        self._hooks = self._captured = self._running = self._backend = self._accumulator = None
+        self._scratch = Scratch()
+
+    @contextmanager
+    def _capture(self, rule: UpdateRule) -> Iterator[Microbatch]:
+        if self._captured is not None and self._captured.phase is Phase.RECORDING:
+            raise RuntimeError("`capture()` within `capture()`: a microbatch is captured by itself.")
+        if self._hooks is None:
+            self._hooks = ModelHooks(self.model, self.microbatch_size, self._active)
+        self._hooks.refresh()
+        microbatch = Microbatch(self._engine(rule), self._begin_backward, self._end_backward)
+        self._captured = microbatch
+        try:
+            yield microbatch
+        finally:
+            microbatch.end_recording()
+
+    def _engine(self, rule: UpdateRule) -> Engine:
+        if self._accumulator is None:
+            # Only now, as `accelerator.prepare` may wrap and shard what was given to the constructor
+            self._backend = backend_for(self.model, self.accelerator)
+            self._accumulator = accumulator_for(
+                self._backend,
+                self.accelerator,
+                scope=self.scope,
+                size=self.microbatch_size,
+                keeps=self.rule.needs_accumulated,
+                dtype=self.accumulator_dtype,
+            )
+        return Engine(
+            rule=rule,
+            backend=self._backend,
+            accumulator=self._accumulator,
+            names={param: name for name, param in self._trainable()},
+            microbatch_size=self.microbatch_size,
+            memory_budget=self.memory_budget,
+            scratch=self._scratch,
+            mixed_precision={"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}.get(
+                getattr(self.accelerator, "mixed_precision", "no")
+            ),
+        )
+
+    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, param) for name, param in self.model.named_parameters() if param.requires_grad)
+
+    def _active(self, model_runs: bool) -> Microbatch | None:
+        captured, running = self._captured, self._running
+        if captured is not None and captured.phase is Phase.RECORDING:
+            return captured
+        if running is None:
+            return None
+        if backward_runs():
+            return running
+        if model_runs:  # outside of a backward pass: an exception broke it off
+            running.abandon()
+            self._running = None
+        return None
+
+    def _begin_backward(self, microbatch: Microbatch) -> None:
+        if self._running is not None and self._running.backward_id == backward_id():
+            raise RuntimeError(
+                "One backward pass holds the losses of two microbatches. Call `backward` on each loss by itself: the "
+                "second is projected against what the first has accumulated."
+            )
+        if self._running is not None:
+            self._running.abandon()
+        cleared = not any(self._backend.accumulated(param) is not None for _, param in self._trainable())
+        if self.accelerator is None and self._step_began and cleared:
+            self.end_step()
+        self._running = microbatch
+
+    def _end_backward(self, microbatch: Microbatch) -> None:
+        self._running = None
+        if microbatch.engine.rule is not self.rule:  # a check
+            self._accumulator.end()
+            return
+        self._step_began = True
+        for name, value in microbatch.metrics().items():
+            self._metrics[name].append(value)
+        if self.accelerator is not None and self.accelerator.sync_gradients:
+            self.end_step()
+
+    def _average(self, value: torch.Tensor) -> torch.Tensor:
+        if is_distributed():
+            dist.all_reduce(value)
+            value /= dist.get_world_size()
+        return value

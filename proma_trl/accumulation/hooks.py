@@ -1,0 +1,125 @@
+"""The life of the hooks by which a model's layers and parameters report to the microbatch at work."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..backends import Backend
+from ..sequence_grads import plan_layers
+from ..sequence_grads.layer import Layer
+from ..sequence_grads.probe import runs_as
+from ..torch_internals import are_innermost
+from .microbatch import Microbatch, Phase
+
+# The hooks on each model: a second accumulation on the same model takes the place of the first
+_HOOKED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ModelHooks]] = weakref.WeakKeyDictionary()
+
+
+class ModelHooks:
+    """
+    Hooks on a model's layers, and on the leaves that autograd makes gradients for.
+
+    Args:
+        model (`nn.Module`): The model.
+        microbatch_size (`int`): With 1, layers are not followed: the parameters' gradients suffice.
+        active (`Callable`): Returns the microbatch at work, or `None`: one being recorded, or one whose backward pass
+            runs a checkpointed layer again. It is called with `True` where the model itself is about to run.
+
+    Raises:
+        ValueError: If the sequence gradients of some layers can't be had.
+    """
+
+    def __init__(self, model: nn.Module, microbatch_size: int, active: Callable[[bool], Microbatch | None]):
+        self._model = model
+        self._microbatch_size = microbatch_size
+        self._active = active
+        self._layers: list[Layer] = []
+        self._handles: list = []
+        self._leaves: set[nn.Parameter] = set()
+        self._planned: dict[str, object] = {}
+        self._plan()
+
+    def refresh(self) -> None:
+        """Make hooks follow the model as it is now: parameters can be frozen, modules replaced, other hooks added."""
+        if self._planned != self._signature():
+            self._plan()
+        elif not all(are_innermost(layer.module, *layer.handles) for layer in self._layers):
+            self._hook()
+
+    def hook_leaves(self, backend: Backend) -> None:
+        """Hook onto what autograd will give the parameters."""
+        for name, leaf in backend.leaves():
+            if leaf not in self._leaves:
+                self._leaves.add(leaf)
+                self._handles.append(leaf.register_hook(partial(self._leaf_gradient, leaf, name)))
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._leaves.clear()
+
+    def _plan(self) -> None:
+        previous = _HOOKED.get(self._model, lambda: None)()
+        if previous is not None:
+            previous.remove()
+        self._layers = plan_layers(self._model) if self._microbatch_size > 1 else []
+        _HOOKED[self._model] = weakref.ref(self)
+        self._planned = self._signature()
+        self._hook()
+
+    def _signature(self) -> dict[str, object]:
+        # By name, as FSDP exchanges the parameters themselves, and may hold a tied one twice
+        trained = {name: param.requires_grad for name, param in self._model.named_parameters(remove_duplicate=False)}
+        # Kernels can replace classes or single modules' `forward` after this was made, as Liger's do in `train`
+        return {**trained, **{layer.name: runs_as(layer.module) for layer in self._layers}}
+
+    def _hook(self) -> None:
+        """Register all hooks, inside those that others have registered: ZeRO-3's, which gather and free weights."""
+        self.remove()
+        self._handles.append(self._model.register_forward_pre_hook(self._model_runs, with_kwargs=True))
+        for layer in self._layers:
+            layer.handles = (
+                layer.module.register_forward_pre_hook(partial(self._enter, layer), with_kwargs=True),
+                layer.module.register_forward_hook(
+                    partial(self._leave, layer), with_kwargs=True, always_call=True, prepend=True
+                ),
+            )
+            self._handles += layer.handles
+
+    def _model_runs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        microbatch = self._active(True)
+        if microbatch is not None and microbatch.phase is Phase.RECORDING:
+            microbatch.read_input(args, kwargs, next(self._model.parameters()).device)
+
+    def _enter(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        microbatch = self._active(False)
+        if microbatch is None:
+            return None
+        if microbatch.phase is Phase.RECORDING:
+            for param in layer.params.values():
+                microbatch.expect(param)
+        # Reentrant checkpointing runs the layer without gradients first, and records it in the backward pass
+        return layer.enter(microbatch, args, kwargs) if torch.is_grad_enabled() else None
+
+    def _leave(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output):
+        if not layer.entered:
+            return None
+        # First of all undo what entering did, also where the layer was stopped half way (`output` of `None`)
+        layer.exit()
+        return None if output is None else layer.leave(self._active(False), args, kwargs, output)
+
+    def _leaf_gradient(self, leaf: nn.Parameter, name: str, grad: torch.Tensor | None) -> torch.Tensor | None:
+        microbatch = self._active(False)
+        if grad is None or microbatch is None or microbatch.phase is not Phase.BACKWARD:
+            return grad
+        if self._microbatch_size == 1:
+            return microbatch.receive_whole(leaf, name, grad)
+        microbatch.check_emitted(leaf, name, grad)
+        return None

@@ -1,0 +1,39 @@
+"""Where gradients lie, what a whole parameter is, and what is sharded. One file a backend."""
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from .deepspeed import deepspeed_backend, has_deepspeed_parameters, is_deepspeed, whole_shape
+from .fsdp import FSDPBackend, is_fsdp
+from .single import Backend
+
+__all__ = ["Backend", "backend_for", "is_deepspeed", "is_distributed", "weights_are_sharded", "whole_shape"]
+
+
+def backend_for(model: nn.Module, accelerator: Accelerator | None) -> Backend:
+    """
+    The backend that has the gradients of a model as it stands now, after `accelerator.prepare`.
+
+    Raises:
+        RuntimeError: If DeepSpeed has the model, and there is no accelerator to ask where an accumulation ends.
+    """
+    if is_fsdp(model):
+        return FSDPBackend(model)
+    if is_deepspeed(accelerator):
+        return deepspeed_backend(model, accelerator)
+    if accelerator is None and has_deepspeed_parameters(model):
+        raise RuntimeError("With DeepSpeed, `ProjectedAccumulation` needs the `accelerator` that prepared the model.")
+    return Backend(model)
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def weights_are_sharded(accelerator: Accelerator) -> bool:
+    """Whether the weights of what an accelerator prepares are spread over ranks: ZeRO-3 and FSDP."""
+    if is_deepspeed(accelerator):
+        return accelerator.state.deepspeed_plugin.zero_stage == 3
+    return getattr(accelerator.state, "fsdp_plugin", None) is not None

@@ -1,0 +1,99 @@
+"""What all kinds of layers have in common: how hooks follow them, and how tensors are split by sequence."""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..torch_internals import own_parameters
+from .forms import SequenceGrads
+
+# The way out of every error about a layer's sequence gradients
+ONE_SEQUENCE = (
+    "one sequence a microbatch, which works with every layer (`per_device_train_batch_size=1` in a trainer, "
+    "`microbatch_size=1` here)"
+)
+
+
+class Sink(Protocol):
+    """
+    What receives sequence gradients: the microbatch that is at work.
+
+    Attributes:
+        num_sequences (`int`): k.
+        num_tokens (`int` or `None`): Length T of the sequences in the model's input, where it consists of tokens.
+    """
+
+    num_sequences: int
+    num_tokens: int | None
+
+    def expect(self, param: nn.Parameter) -> None:
+        """Announce, in the forward pass, that `receive` will be called once more for `param`."""
+
+    def receive(self, param: nn.Parameter, grads: SequenceGrads) -> torch.Tensor | None:
+        """Take the gradients of one use of `param`. Returns what to emit as its gradient, or `None` for later."""
+
+
+def by_sequence(sink: Sink, tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """
+    View a layer's input or gradient, which may come as `(k * T, ...)`, as `(k, ...)`.
+
+    Raises:
+        ValueError: If the tensor's shape does not tell which sequence an entry belongs to.
+    """
+    k, length = sink.num_sequences, sink.num_tokens
+    if k == 0:
+        raise ValueError(
+            f"`{name}` ran inside `capture()` before the model that was given to `ProjectedAccumulation` did, so that "
+            "the number of sequences is unknown. Call it outside, or within the model's forward pass."
+        )
+    if tensor.dim() >= 2 and length is not None and tensor.shape[0] == k * length and (tensor.dim() == 2 or k > 1):
+        return tensor.view(k, length, *tensor.shape[1:])
+    if tensor.shape[:1] == (k,) and (tensor.dim() > 2 or length in (None, 1)):
+        return tensor
+    raise ValueError(
+        f"`{name}` ran on a tensor of shape {tuple(tensor.shape)}, in which the {k} sequences"
+        f"{'' if length is None else f' of {length} tokens'} can't be told apart. Train with {ONE_SEQUENCE}, "
+        "or freeze its parameters."
+    )
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory without being a view to autograd, so that models may go on to write to it in place."""
+    return tensor.detach()
+
+
+class Layer:
+    """
+    What hooks need to know of one module that holds trainable parameters.
+
+    Args:
+        name (`str`): The module's name in the model.
+        module (`nn.Module`): The module.
+        param_names (`tuple[str, ...]`): Its own trainable parameters.
+    """
+
+    def __init__(self, name: str, module: nn.Module, param_names: tuple[str, ...]):
+        self.name = name
+        self.module = module
+        self.param_names = param_names
+        self.entered = False
+        self.handles: tuple = ()
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """The parameters as the module holds them now: FSDP exchanges shards for whole ones while a module runs."""
+        own = own_parameters(self.module)
+        return {name: own[name] for name in self.param_names}
+
+    def enter(self, sink: Sink, args: tuple, kwargs: dict) -> tuple | None:
+        """Prepare the module before it runs. Returns other arguments for it, `(args, kwargs)`, or `None`."""
+        raise NotImplementedError
+
+    def exit(self) -> None:
+        """Undo what `enter` did to the module."""
+        raise NotImplementedError
+
+    def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+        """Called after `exit`, if the module ran to its end. Returns another output for it, or `None`."""
+        return None

@@ -1,0 +1,86 @@
+"""Which layer of a model is followed how."""
+
+import sys
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import linear  # noqa: F401 - registers its rules
+from .embedding import EmbeddingLayer, embedding_refusal
+from .layer import ONE_SEQUENCE, Layer
+from .norm import BroadcastLayer, broadcasts_parameters
+from .registry import RuleLayer, rule_for
+
+
+def plan_layers(model: nn.Module) -> list[Layer]:
+    """
+    How each layer that holds trainable parameters is followed.
+
+    Raises:
+        ValueError: If the sequence gradients of some layers can't be had, with their names, reasons and ways out.
+    """
+    layers: list[Layer] = []
+    followed: set[nn.Parameter] = set()
+    without_rule = []
+    foreign = _foreign_modules(model)
+    for name, module in model.named_modules():
+        params = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+        if not params:
+            continue
+        layer = foreign.get(module) or _layer_for(name, module, tuple(params))
+        if isinstance(layer, str):
+            line = f"`{name or 'the model itself'}` ({type(module).__name__}): {layer}"
+            without_rule.append((params, line))
+        else:
+            followed.update(params.values())
+            layers.append(layer)
+    # A module may hold only an alias of a parameter that another layer works with
+    refused = [line for params, line in without_rule if not followed.issuperset(params.values())]
+    if refused:
+        shown = "\n".join(f"  - {line}" for line in refused[:8])
+        more = f"\n  - and {len(refused) - 8} more" if len(refused) > 8 else ""
+        raise ValueError(
+            "PROMA needs the gradient of each sequence in a microbatch, and some layers that hold trainable "
+            f"parameters don't yield it:\n{shown}{more}\nEither register a rule for the layer's class "
+            f"(`proma_trl.register_rule`, one small function), or train with {ONE_SEQUENCE}, or freeze those "
+            "parameters."
+        )
+    return layers
+
+
+def _foreign_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """
+    Modules of a model whose inputs are not one entry a sequence, or whose parameters other modules multiply, and why:
+    all that a multimodal model has outside its text decoder, and what PEFT's `ParamWrapper` holds.
+    """
+    found: dict[nn.Module, str] = {}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "config", None)
+    if isinstance(base, PreTrainedModel) and config.get_text_config(decoder=True) is not config:
+        text = {*base.get_decoder().modules()}
+        for embedding in (base.get_output_embeddings(), base.get_input_embeddings()):
+            text.update(() if embedding is None else embedding.modules())
+        why = "runs outside the text decoder, so that it isn't known which sequence an image (or its patch) belongs to"
+        found |= {module: why for module in base.modules() if module not in text}
+    peft_layers = sys.modules.get("peft.tuners.lora.layer")
+    for wrapper in model.modules() if peft_layers is not None else ():
+        if isinstance(wrapper, peft_layers.ParamWrapper):
+            why = f"PEFT's `ParamWrapper` multiplies its weights to change `{wrapper.parameter_name}`"
+            adapters = (getattr(wrapper, name) for name in wrapper.adapter_layer_names)
+            found |= {module: why for adapter in adapters for module in adapter.modules()}
+    return found
+
+
+def _layer_for(name: str, module: nn.Module, names: tuple[str, ...]) -> Layer | str:
+    """How a module with the trainable parameters `names` is followed, or why it can't be."""
+    if isinstance(module, nn.Embedding):
+        refusal = embedding_refusal(module)
+        if refusal is None and names != ("weight",):
+            refusal = "it holds more than a weight"
+        return refusal or EmbeddingLayer(name, module, names)
+    rule = rule_for(module)
+    if rule is not None:
+        return RuleLayer(name, module, names, rule)
+    if broadcasts_parameters(module):
+        return BroadcastLayer(name, module, names)
+    return f"holds {', '.join(f'`{n}`' for n in names)} and has no rule"

@@ -1,0 +1,73 @@
+"""All that is used of PyTorch beyond its public interface, in one place."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+
+def backward_id() -> int:
+    """A number for the backward pass that runs in this thread, -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
+def backward_runs() -> bool:
+    """Whether a backward pass runs in this thread, as it does where checkpointed layers are run again."""
+    return backward_id() != -1
+
+
+def call_after_backward(callback: Callable[[], None]) -> None:
+    """Have `callback` called when the backward pass that runs now has made all gradients."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """The parameters that a module itself holds, without those that attributes stand before at the moment."""
+    return module._parameters
+
+
+def are_innermost(module: nn.Module, before: RemovableHandle, after: RemovableHandle) -> bool:
+    """Whether of all a module's forward hooks, these are the last to run before it and the first after it."""
+    return (
+        next(reversed(module._forward_pre_hooks), None) == before.id
+        and next(iter(module._forward_hooks), None) == after.id
+    )
+
+
+def without_hooks(module: nn.Module, params: dict[str, nn.Parameter | None]) -> nn.Module:
+    """A shallow copy of a module with other parameters and without forward hooks."""
+    # `fully_shard` puts a class of its own before a module's, which makes no copies
+    kind = type(module).__bases__[1] if isinstance(module, FSDPModule) else type(module)
+    copy = kind.__new__(kind)
+    copy.__dict__ = {
+        **module.__dict__,
+        "_parameters": params,
+        "_forward_pre_hooks": OrderedDict(),
+        "_forward_hooks": OrderedDict(),
+    }
+    return copy
+
+
+def fsdp_params(model: nn.Module) -> list[FSDPParam]:
+    """FSDP2's records of the parameters that it shards, one for each module group that uses one."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    return [param for state in states for group in state._fsdp_param_groups for param in group.fsdp_params]
+
+
+def fsdp_whole_copies(params: Iterable[FSDPParam]) -> dict[nn.Parameter, FSDPParam]:
+    """The whole parameters that FSDP2 computes with, which come to be when their module first runs."""
+    return {p._unsharded_param: p for p in params if hasattr(p, "_unsharded_param")}
+
+
+def fsdp_name(param: FSDPParam) -> str:
+    """The name of a sharded parameter in its model."""
+    return param._param_fqn

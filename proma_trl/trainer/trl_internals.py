@@ -1,0 +1,169 @@
+"""All that is used of TRL beyond its public interface, and the function that checks that it is there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import trl.trainer.utils as trl_utils
+from trl import GRPOTrainer
+from trl.kernels import ChunkedLogProbFunction
+
+# Methods of `GRPOTrainer` that are overridden, called or replaced for a while, with their arguments
+_METHODS = {
+    "__init__": "self model reward_funcs args train_dataset eval_dataset processing_class reward_processing_classes "
+    "callbacks optimizers quantization_config peft_config tools rollout_func environment_factory",
+    "_compute_loss": "self model inputs",
+    "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
+    "_load_optimizer_and_scheduler": "self checkpoint",
+    "_save_checkpoint": "self model trial",
+    "create_model_card": "self model_name dataset_name tags",
+    "get_off_policy_mask": "advantages per_token_logps sampling_per_token_logps mask off_policy_threshold",
+    "log": "self logs start_time",
+}
+# Its arguments are passed on as they come
+SCORING = "_get_per_token_logps_and_entropies"
+_CLASS_ATTRIBUTES = (SCORING, "_name", "_paper", "_tag_names")
+_ATTRIBUTES = (
+    "_buffered_inputs",
+    "_metrics",
+    "_step",
+    "aux_loss_enabled",
+    "epsilon_high",
+    "epsilon_low",
+    "temperature",
+    "use_vllm",
+    "vllm_generation",
+    "vllm_mode",
+)
+_HEAD_NAMES = ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx")
+_HEAD_ARGUMENTS = "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
+_HEAD_TRANSFORM = {"logit_scale", "softcap", "inv_t", "HAS_SOFTCAP"}
+
+
+def check_trl() -> None:
+    """
+    Check that TRL has, as this package knows it, everything that is used of its insides.
+
+    Raises:
+        RuntimeError: If something has moved, with its name.
+    """
+    moved = [*_moved_in_trainer(), *_moved_in_head()]
+    if moved:
+        raise RuntimeError(
+            f"The installed TRL differs from the versions that proma-trl works with in: {', '.join(moved)}. Gradients "
+            "could be wrong. Install a TRL version within the bounds of proma-trl's requirements."
+        )
+
+
+def _moved_in_trainer() -> Iterator[str]:
+    for name, arguments in _METHODS.items():
+        method = getattr(GRPOTrainer, name, None)
+        if method is None or list(inspect.signature(method).parameters) != arguments.split():
+            yield f"GRPOTrainer.{name}"
+    yield from (f"GRPOTrainer.{name}" for name in _CLASS_ATTRIBUTES if not hasattr(GRPOTrainer, name))
+    used = {name for value in vars(GRPOTrainer).values() for name in getattr(_code(value), "co_names", ())}
+    yield from (f"GRPOTrainer.{name}" for name in _ATTRIBUTES if name not in used)
+
+
+def _code(method: Any) -> Any:
+    return getattr(inspect.unwrap(method) if callable(method) else method, "__code__", None)
+
+
+def _moved_in_head() -> Iterator[str]:
+    missing = [name for name in _HEAD_NAMES if not hasattr(trl_utils, name)]
+    yield from (f"trl.trainer.utils.{name}" for name in missing)
+    if list(inspect.signature(ChunkedLogProbFunction.forward).parameters) != _HEAD_ARGUMENTS.split():
+        yield "ChunkedLogProbFunction.forward"
+        return
+    hidden, weight, targets = torch.ones(2, 3, requires_grad=True), torch.eye(4, 3), torch.tensor([0, 3])
+    try:
+        log_probs, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 0.5, 4)
+        saved = kernel_state(log_probs.grad_fn)
+        found = (saved.hidden, saved.weight, saved.targets, saved.log_z)
+        expected = (hidden, weight, targets, (2 * hidden @ weight.T).logsumexp(-1))
+        same = all(torch.allclose(x, y) for x, y in zip(found, expected, strict=True))
+    except Exception:  # whatever it is that went wrong, the function is another one
+        same = False
+    if not same or saved.bias is not None or saved.transform.keys() != _HEAD_TRANSFORM:
+        yield "what ChunkedLogProbFunction saves for its backward pass"
+
+
+@dataclass(frozen=True)
+class KernelState:
+    """
+    What TRL's fused head keeps for its backward pass, for N positions.
+
+    Attributes:
+        hidden (`(N, H)`), weight (`(V, H)`), bias (`(V,)` or `None`): What the head multiplies.
+        targets (`(N,)`): Sampled tokens.
+        log_z (`(N,)`): Log of the sum of exponentiated logits.
+        compute_dtype (`torch.dtype`): Dtype of the products.
+        transform (`dict`): `logit_scale`, `softcap`, `inv_t` and `HAS_SOFTCAP`: from products to logits.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    targets: torch.Tensor
+    log_z: torch.Tensor
+    compute_dtype: torch.dtype
+    transform: dict[str, Any]
+
+
+def kernel_forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor | None, ...]:
+    """The forward pass of TRL's fused head, within another function's, for [`kernel_state`] to read."""
+    return ChunkedLogProbFunction.forward(ctx, *arguments)
+
+
+def kernel_state(ctx: Any) -> KernelState:
+    """What a forward pass of TRL's fused head has kept."""
+    hidden, weight, bias, targets, log_z, _ = ctx.saved_tensors
+    return KernelState(hidden, weight, bias, targets, log_z, ctx.compute_dtype, ctx.kernel_args)
+
+
+def gathered_head(weight: torch.Tensor, bias: torch.Tensor | None) -> AbstractContextManager:
+    """Within the context, ZeRO-3's shards of the head are whole: it doesn't run as a module, which would see to it."""
+    return trl_utils.maybe_gather_lm_head_ctx(weight, bias)
+
+
+@contextmanager
+def replaced_kernel(kernel: Any) -> Iterator[Any]:
+    """Within the context, the fused head of TRL's models calls `kernel.apply`. Yields what it calls otherwise."""
+    with (
+        replaced(trl_utils, "_ChunkedLogProbFunction", kernel) as original,
+        # On CUDA, TRL would pass unmasked positions only, and which sequence they belong to would be lost
+        replaced(trl_utils, "_use_triton", lambda device: False),
+    ):
+        yield original
+
+
+@contextmanager
+def replaced(instance: Any, name: str, value: Any) -> Iterator[Any]:
+    """Within the context, an object has another attribute than its own or its class's. Yields the one it has."""
+    is_own, original = name in vars(instance), getattr(instance, name)
+    setattr(instance, name, value)
+    try:
+        yield original
+    finally:
+        if is_own:
+            setattr(instance, name, original)
+        else:
+            delattr(instance, name)
+
+
+@contextmanager
+def recorded(instance: Any, name: str) -> Iterator[dict[str, Any]]:
+    """Within the context, what a method returns is kept as `"result"`."""
+    method, results = getattr(instance, name), {}
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        results["result"] = method(*args, **kwargs)
+        return results["result"]
+
+    with replaced(instance, name, recording):
+        yield results
