@@ -1,4 +1,4 @@
-"""All that is used of PyTorch beyond its public interface, in one place."""
+"""Everything that the package uses of PyTorch beyond its public interface."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def backward_runs() -> bool:
 
 
 def call_after_backward(callback: Callable[[], None]) -> None:
-    """Have `callback` called when the backward pass that runs now has made all gradients."""
+    """Call `callback` when the running backward pass has computed all gradients."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
-    """The parameters that a module itself holds, without those that attributes stand before at the moment."""
+    """The parameters that a module itself holds, also while an attribute of the same name hides one."""
     return module._parameters
 
 
 def are_innermost(module: nn.Module, before: RemovableHandle, after: RemovableHandle) -> bool:
-    """Whether of all a module's forward hooks, these are the last to run before it and the first after it."""
+    """Whether these two hooks run closest to a module's forward: the last before it and the first after it."""
     return (
         next(reversed(module._forward_pre_hooks), None) == before.id
         and next(iter(module._forward_hooks), None) == after.id
@@ -64,7 +64,7 @@ def fsdp_params(model: nn.Module) -> list[FSDPParam]:
 
 
 def fsdp_whole_copies(params: Iterable[FSDPParam]) -> dict[nn.Parameter, FSDPParam]:
-    """The whole parameters that FSDP2 computes with, which come to be when their module first runs."""
+    """The whole parameters that FSDP2 computes with. They exist once their module has run."""
     return {p._unsharded_param: p for p in params if hasattr(p, "_unsharded_param")}
 
 

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from trl import TrlParser
 from word_problems import LEVELS, write_problems, write_task
 
-from proma_trl.tools.figures import draw_runs, draw_sweep
 from proma_trl.tools.curves import METRICS, read_curves, summarize
+from proma_trl.tools.figures import draw_runs, draw_sweep
 
 RECIPE = Path(__file__).parent / "gsm8k.py"
 
@@ -162,7 +162,7 @@ def make_run(algorithm: str, folder: Path, options: Sequence[str], *own: str) ->
 
 
 def execute_all(runs: Sequence[Run], max_steps: int, launcher: Sequence[str], jobs: int) -> None:
-    """Executes what is not complete, a few at a time, and shows how far all of it is and how long it will take."""
+    """Executes the incomplete runs, a few at a time, and shows overall progress and remaining time."""
     waiting = [run for run in runs if not run.is_complete()]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with (

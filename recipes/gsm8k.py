@@ -24,12 +24,12 @@ from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantiz
 
 from proma_trl import PROMAConfig, PROMATrainer
 from proma_trl.tools.callbacks import ACCURACY, GreedyEvaluation, JSONLMetrics
+from proma_trl.tools.curves import read_curves
 from proma_trl.tools.data import drop_long_prompts, load_gsm8k, solved_examples
 from proma_trl.tools.figures import PANELS, draw_runs
-from proma_trl.trainer.model_card import FIGURE, CardDataset, ModelCardMixin
 from proma_trl.tools.policy_metrics import PolicyMetrics
 from proma_trl.tools.rewards import accuracy_reward, format_reward
-from proma_trl.tools.curves import read_curves
+from proma_trl.trainer.model_card import FIGURE, CardDataset, ModelCardMixin
 
 Algorithm = Literal["proma", "reinforce", "grpo"]
 

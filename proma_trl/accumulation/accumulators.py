@@ -1,7 +1,7 @@
-"""Who holds what has been accumulated, `acc`, and meets a microbatch's sequence gradients with it.
+"""Accumulators hold what has been accumulated, `acc`, and compute its inner products with the sequence gradients.
 
-Whatever is emitted is added up, and averaged over ranks, by the backend, like any gradient. An accumulator only has to
-know `acc` well enough to take its inner products with the sequences.
+The backend adds up what is emitted and averages it over ranks, as it does with any gradient. An accumulator has to
+know `acc` only for the inner products.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SMALL = 2**20
 @dataclass(frozen=True)
 class Request:
     """
-    What inner products are asked for.
+    A request for the inner products of one tensor.
 
     Attributes:
         name (`str`): The parameter's name.
@@ -56,7 +56,7 @@ class Accumulator(ABC):
     Attributes:
         advantages (`(n,)`): `a_i` of all n sequences that take part in the running backward pass.
         own (`slice`): Which of them are this rank's.
-        num_sequences (`int` or scalar): How many of them are there, rather than fill up smaller microbatches.
+        num_sequences (`int` or scalar): Their number, without those that only fill up a smaller microbatch.
     """
 
     advantages: torch.Tensor
@@ -124,7 +124,7 @@ class Accumulator(ABC):
         return grads
 
     def _total(self, addends: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """What all ranks' addends amount to."""
+        """The sum of all ranks' addends."""
         return addends
 
 
@@ -178,7 +178,7 @@ class KeptAccumulator(LocalAccumulator):
 
 class GlobalAccumulator(Accumulator):
     """
-    The accumulation of all ranks together: W ranks do as one rank with all their sequences would.
+    The accumulation of all ranks together: W ranks do what one rank with all their sequences would do.
 
     Each rank keeps a shard of the sum of all accumulations. An all-to-all gives it the same shard of all W k sequence
     gradients; Gram matrix, overlaps and norm of the shards are summed over ranks. Every rank then knows all
@@ -264,7 +264,7 @@ def accumulator_for(
 ) -> Accumulator:
     """
     Args:
-        backend ([`Backend`]): Where gradients lie.
+        backend ([`Backend`]): Where gradients are kept.
         accelerator (`Accelerator` or `None`): What prepared the model.
         scope (`str`): `"local"` or `"global"`.
         size (`int`): Largest number of sequences in a rank's microbatch.

@@ -1,4 +1,4 @@
-"""The life of the hooks by which a model's layers and parameters report to the microbatch at work."""
+"""The hooks by which a model's layers and parameters report to the current microbatch, and how long they live."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _HOOKED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ModelHooks]] = weakref
 
 class ModelHooks:
     """
-    Hooks on a model's layers, and on the leaves that autograd makes gradients for.
+    Hooks on a model's layers, and on the leaves that autograd computes gradients for.
 
     Args:
         model (`nn.Module`): The model.
         microbatch_size (`int`): With 1, layers are not followed: the parameters' gradients suffice.
-        active (`Callable`): Returns the microbatch at work, or `None`: one being recorded, or one whose backward pass
+        active (`Callable`): Returns the current microbatch, or `None`: one being recorded, or one whose backward pass
             runs a checkpointed layer again. It is called with `True` where the model itself is about to run.
 
     Raises:
-        ValueError: If the sequence gradients of some layers can't be had.
+        ValueError: If some layers don't yield sequence gradients.
     """
 
     def __init__(self, model: nn.Module, microbatch_size: int, active: Callable[[bool], Microbatch | None]):

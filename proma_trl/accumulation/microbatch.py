@@ -27,7 +27,7 @@ _GIB = 2**30
 
 
 class Phase(Enum):
-    """What a microbatch is going through, in this order."""
+    """The phases of a microbatch, in order."""
 
     RECORDING = "its forward pass is being recorded"
     RECORDED = "its forward pass was recorded"
@@ -38,12 +38,12 @@ class Phase(Enum):
 @dataclass(frozen=True)
 class Engine:
     """
-    What all microbatches of an accumulation work with.
+    What the microbatches of an accumulation share.
 
     Attributes:
         rule ([`UpdateRule`]): From inner products to coefficients.
-        backend ([`Backend`]): Where gradients lie.
-        accumulator ([`Accumulator`]): Who holds what has been accumulated.
+        backend ([`Backend`]): Where gradients are kept.
+        accumulator ([`Accumulator`]): Holds what has been accumulated.
         names (`dict[nn.Parameter, str]`): Names of the trainable parameters.
         microbatch_size (`int`): Largest number of sequences in a microbatch.
         memory_budget (`float`): GiB that the sequence gradients of one parameter may take.
@@ -67,12 +67,12 @@ class Microbatch:
     anything else is a `RuntimeError`.
 
     Args:
-        engine ([`Engine`]): What it works with.
+        engine ([`Engine`]): What it shares with the others.
         begin (`Callable`): Called with the microbatch before its backward pass begins.
         end (`Callable`): Called with the microbatch after its backward pass.
 
     Attributes:
-        phase ([`Phase`]): What it is going through.
+        phase ([`Phase`]): Its phase.
         num_sequences (`int`): k, read from the model's input; 0 until then.
         num_tokens (`int` or `None`): Length T of the input's sequences, where it consists of tokens.
         advantages (`(k,)` or `None`): Coefficients of the policy gradient, once they are known.
@@ -156,7 +156,7 @@ class Microbatch:
             raise RuntimeError(NOT_CAPTURED)
         if self.phase in (Phase.BACKWARD, Phase.DONE):
             raise RuntimeError(
-                f"The captured microbatch has had its loss: {self.phase.value}. Capture a forward pass for each loss."
+                f"The captured microbatch has been used: {self.phase.value}. Capture a forward pass for each loss."
             )
         if advantages.shape != (self.num_sequences,):
             raise ValueError(
@@ -244,12 +244,12 @@ class Microbatch:
         return "factors" if num_positions <= budget else "recompute"
 
     def abandon(self) -> None:
-        """An exception broke its backward pass off."""
+        """An exception ended its backward pass."""
         self.phase = Phase.DONE
         self._parts.clear()
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        """What the rule has to say of the backward pass: scalars by name."""
+        """What the rule logs about the backward pass: scalars by name."""
         metrics = {}
         for group in ([p for p in self._products if (p.overlaps is None) == first] for first in (True, False)):
             if group:
@@ -296,7 +296,7 @@ class Microbatch:
         )
 
     def _end_backward(self) -> None:
-        # Parameters with a use that took no part in the loss: autograd has ended, so their gradient is added here
+        # Parameters with a use on which the loss does not depend. Autograd has ended, so their gradient is added here
         for param in [param for param, parts in self._parts.items() if parts]:
             if is_distributed():
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Where gradients lie, what a whole parameter is, and what is sharded. One file a backend."""
+"""Backends: where gradients are kept, what a whole parameter is, and what is sharded. One file for each."""
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -13,10 +13,10 @@ __all__ = ["Backend", "backend_for", "is_deepspeed", "is_distributed", "weights_
 
 def backend_for(model: nn.Module, accelerator: Accelerator | None) -> Backend:
     """
-    The backend that has the gradients of a model as it stands now, after `accelerator.prepare`.
+    The backend of a model, after `accelerator.prepare`.
 
     Raises:
-        RuntimeError: If DeepSpeed has the model, and there is no accelerator to ask where an accumulation ends.
+        RuntimeError: If DeepSpeed trains the model and there is no accelerator to say where an accumulation ends.
     """
     if is_fsdp(model):
         return FSDPBackend(model)
@@ -33,7 +33,7 @@ def is_distributed() -> bool:
 
 
 def weights_are_sharded(accelerator: Accelerator) -> bool:
-    """Whether the weights of what an accelerator prepares are spread over ranks: ZeRO-3 and FSDP."""
+    """Whether an accelerator shards weights over ranks: ZeRO-3 and FSDP."""
     if is_deepspeed(accelerator):
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return getattr(accelerator.state, "fsdp_plugin", None) is not None

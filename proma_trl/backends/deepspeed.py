@@ -9,7 +9,7 @@ from .single import Backend
 
 
 class ZeroOneBackend(Backend):
-    """ZeRO-1, which shards optimizer states, and averages gradients at the end of an accumulation only."""
+    """ZeRO-1: shards optimizer states, and averages gradients only at the end of an accumulation."""
 
     reduces_in_backward = True
 
@@ -18,7 +18,7 @@ class ZeroOneBackend(Backend):
 
 
 class ZeroTwoThreeBackend(Backend):
-    """ZeRO-2 and ZeRO-3, which average and shard each microbatch's gradients: a rank's own can't be read."""
+    """ZeRO-2 and ZeRO-3: average and shard the gradients of each microbatch, so that a rank's own can't be read."""
 
     keeps_accumulated = False
     reduces_in_backward = True
@@ -28,12 +28,12 @@ class ZeroTwoThreeBackend(Backend):
 
 
 def is_deepspeed(accelerator: Accelerator | None) -> bool:
-    """Whether DeepSpeed has the model."""
+    """Whether DeepSpeed trains the model."""
     return accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def deepspeed_backend(model: nn.Module, accelerator: Accelerator) -> Backend:
-    """The backend for a model that DeepSpeed has."""
+    """The backend of a model that DeepSpeed trains."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     optimizer = accelerator.deepspeed_engine_wrapped.engine.optimizer
@@ -42,7 +42,7 @@ def deepspeed_backend(model: nn.Module, accelerator: Accelerator) -> Backend:
 
 
 def has_deepspeed_parameters(model: nn.Module) -> bool:
-    """Whether DeepSpeed has the model, judged by what ZeRO-3, and ZeRO-1 and 2, leave on a parameter."""
+    """Whether DeepSpeed trains the model, judged by the attributes that its ZeRO stages set on parameters."""
     return any(hasattr(param, mark) for param in model.parameters() for mark in ("ds_id", "param_idx_in_group"))
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FSDPBackend(Backend):
-    """FSDP2, which computes with whole copies of its sharded parameters and averages when it is told to."""
+    """FSDP2: computes with whole copies of its sharded parameters, and averages gradients when it is told to."""
 
     reduces_in_backward = True
 

@@ -1,4 +1,4 @@
-"""One device, and DDP, which averages gradients over ranks at the end of an accumulation only."""
+"""One device, and DDP, which averages gradients over ranks only at the end of an accumulation."""
 
 from collections.abc import Iterator
 
@@ -8,8 +8,8 @@ from torch import nn
 
 class Backend:
     """
-    Where gradients lie: the tensors for which autograd makes gradients, the parameters that they belong to, and what
-    has been accumulated for these on this rank. This one is for a single device and for DDP.
+    Says which tensors autograd computes gradients for, which parameters these tensors stand for, and what this rank
+    has accumulated. This class is for a single device and for DDP.
 
     Args:
         model (`nn.Module`): The model, as `accelerator.prepare` left it.
@@ -27,11 +27,11 @@ class Backend:
         self.model = model
 
     def leaves(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The tensors that autograd makes gradients for, as they are after a forward pass, with their names."""
+        """The tensors that autograd computes gradients for, after a forward pass, with their names."""
         return ((name, param) for name, param in self.model.named_parameters() if param.requires_grad)
 
     def owner(self, leaf: nn.Parameter) -> nn.Parameter:
-        """The parameter that a leaf, or several of them, stand for."""
+        """The parameter that a leaf stands for. Several leaves can stand for one."""
         return leaf
 
     def accumulated(self, param: nn.Parameter) -> torch.Tensor | None:
@@ -40,7 +40,7 @@ class Backend:
 
     def check_leaf_gradient(self, name: str, grad: torch.Tensor) -> None:
         """
-        Check the gradient that autograd made for a leaf.
+        Check the gradient that autograd computed for a leaf.
 
         Raises:
             RuntimeError: If it is not that of a whole parameter.

@@ -14,11 +14,11 @@ from .update_rule import UpdateRule
 
 class Chain(UpdateRule):
     """
-    Each rule takes the coefficients of the one before it in the place of the advantages. PROMA behind another rule so
+    Each rule takes the coefficients of the one before it in the place of the advantages. PROMA after another rule
     projects, and bounds, relative to that rule's gradient.
 
     Args:
-        rules ([`UpdateRule`]): The rules, first to last. Chains are taken apart into their rules.
+        rules ([`UpdateRule`]): The rules, in order. Chains among them are flattened.
     """
 
     def __init__(self, *rules: UpdateRule):

@@ -1,4 +1,4 @@
-"""All that an update rule knows of a parameter tensor: k-vectors and k x k matrices."""
+"""What an update rule sees of a parameter tensor: k-vectors and k x k matrices, never the gradients themselves."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class InnerProducts:
     """
     Inner products of the gradients of one parameter tensor, or of a batch `...` of tensors.
 
-    A microbatch holds k sequences, whose gradients `s_i` of their weighted log-probabilities span the updates that a
-    rule can choose from. With a global scope, k counts the sequences of all ranks.
+    A microbatch holds k sequences. `s_i` is the gradient of sequence i's weighted log-probability. With a global
+    scope, k counts the sequences of all ranks.
 
     Args:
         gram (`(..., k, k)`):
@@ -27,7 +27,7 @@ class InnerProducts:
         names (`Sequence[str]`):
             Names of the parameters: one for a single tensor, or one for each of a batch.
         num_sequences (`int` or scalar, *optional*):
-            Number of sequences that are there, without those that fill up smaller microbatches. Defaults to k.
+            Number of sequences, without those that only fill up a smaller microbatch. Defaults to k.
         loss_scale (`float` or scalar, defaults to `1.0`):
             What the backward pass multiplied the loss by (1 / number of microbatches, or a gradient scaler's factor):
             `s_i` is that many times the gradient of the sequence's objective.

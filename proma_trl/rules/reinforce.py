@@ -1,4 +1,4 @@
-"""REINFORCE: the policy gradient as it is."""
+"""REINFORCE: the policy gradient, unchanged."""
 
 import torch
 

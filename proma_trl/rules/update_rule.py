@@ -16,14 +16,14 @@ class UpdateRule(ABC):
     Decides what a microbatch adds to a parameter tensor's accumulated gradient: `sum_i c_i s_i`, with coefficients `c`
     that follow from the tensor's inner products and the advantages.
 
-    A subclass implements [`coefficients`], and is complete with that. A rule that logs or remembers something
+    A subclass has to implement [`coefficients`] only. A rule that logs or remembers something
     overrides [`observe`]; one that remembers something from one optimizer step to the next also [`end_step`],
     [`state_dict`] and [`load_state_dict`].
 
     Attributes:
         needs_accumulated (`bool`):
-            Whether the rule uses `overlaps` and `acc_sq`, the products with what has been accumulated. If not, nothing
-            is kept for them.
+            Whether the rule uses `overlaps` and `acc_sq`, the products with what has been accumulated. If not, they
+            are not computed.
         needs_gram (`bool`):
             Whether the rule changes coefficients where nothing has been accumulated yet. If not, the first microbatch
             of an optimizer step takes the advantages as coefficients, and no inner products are formed.
@@ -40,8 +40,8 @@ class UpdateRule(ABC):
     ```python
     class NaturalGradient(UpdateRule):
         def coefficients(self, products, advantages):
-            ridge = products.gram + torch.eye(len(advantages), dtype=advantages.dtype)
-            return torch.linalg.solve(ridge, advantages)
+            ridge = torch.eye(advantages.shape[-1]).to(advantages)
+            return torch.linalg.solve(products.gram + ridge, advantages)
     ```
     """
 
@@ -108,12 +108,12 @@ class UpdateRule(ABC):
 
     @property
     def is_plain(self) -> bool:
-        """Whether coefficients are always the advantages, so that an ordinary backward pass does."""
+        """Whether coefficients are always the advantages, so that an ordinary backward pass is enough."""
         return not (self.needs_gram or self.needs_accumulated)
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """What a model card tags a model with that was trained by the rule."""
+        """Tags for the card of a model that was trained with the rule."""
         return (self.name.lower(),) if self.name else ()
 
     def without_accumulated(self) -> UpdateRule:

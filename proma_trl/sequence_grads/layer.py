@@ -17,7 +17,7 @@ ONE_SEQUENCE = (
 
 class Sink(Protocol):
     """
-    What receives sequence gradients: the microbatch that is at work.
+    Receives sequence gradients: the current microbatch.
 
     Attributes:
         num_sequences (`int`): k.
@@ -65,7 +65,7 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
 
 class Layer:
     """
-    What hooks need to know of one module that holds trainable parameters.
+    One module that holds trainable parameters, as hooks see it.
 
     Args:
         name (`str`): The module's name in the model.

@@ -1,9 +1,8 @@
 """Normalization layers.
 
-PyTorch's own have a rule. The many of transformers (`weight`, `1 + weight`, biases, per-head ones)
-need none: they multiply by their parameters, so that a parameter expanded to one copy a sequence broadcasts against
-`(k, T, ...)`, and autograd gives each copy its sequence's gradient. Whether a class is of this kind is tried out, not
-guessed.
+PyTorch's own have a rule. Those of transformers (`weight`, `1 + weight`, biases, per-head ones) need none: they
+multiply by their parameters, so that a parameter expanded to one copy a sequence broadcasts against `(k, T, ...)`, and
+autograd computes each sequence's gradient in its copy. A trial on noise decides whether a class is of this kind.
 """
 
 import torch

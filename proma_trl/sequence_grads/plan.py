@@ -1,4 +1,4 @@
-"""Which layer of a model is followed how."""
+"""Decides how each layer of a model is followed."""
 
 import sys
 
@@ -17,7 +17,7 @@ def plan_layers(model: nn.Module) -> list[Layer]:
     How each layer that holds trainable parameters is followed.
 
     Raises:
-        ValueError: If the sequence gradients of some layers can't be had, with their names, reasons and ways out.
+        ValueError: If some layers don't yield sequence gradients, with their names, reasons and ways out.
     """
     layers: list[Layer] = []
     followed: set[nn.Parameter] = set()

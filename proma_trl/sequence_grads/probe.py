@@ -1,4 +1,4 @@
-"""Copies of modules to try out how they treat their parameters, whatever holds the parameters themselves."""
+"""Copies of modules, to try out how they use their parameters even where these are sharded or not loaded yet."""
 
 import torch
 from torch import nn

@@ -35,7 +35,7 @@ _UNUSED = {
     "vespo_lambda_neg": _OTHER_LOSS,
     "entropy_coef": _NO_BONUS,
     "use_adaptive_entropy": _NO_BONUS,
-    "torch_compile": "compiled layers run past the hooks that collect sequence gradients",
+    "torch_compile": "compiled layers bypass the hooks that collect sequence gradients",
 }
 
 # Optimizers that step inside the backward pass, where nothing accumulates
@@ -74,7 +74,7 @@ class PROMAConfig(GRPOConfig):
             one rank held them in one microbatch; see the documentation for the communication it adds.
         projection_accumulator_dtype (`str`, *optional*, defaults to `"float32"`):
             `"float32"` or `"bfloat16"`: what each rank keeps its own accumulated gradient in under ZeRO-2 and ZeRO-3
-            with a local scope, where DeepSpeed keeps but a shard of everyone's average.
+            with a local scope, where DeepSpeed keeps only a shard of the average over ranks.
     """
 
     gradient_accumulation_steps: int = field(
@@ -128,7 +128,7 @@ class PROMAConfig(GRPOConfig):
         default="float32",
         metadata={
             "help": "What each rank keeps its own accumulated gradient in under ZeRO-2 and ZeRO-3 with a local scope, "
-            "where DeepSpeed keeps but a shard of everyone's average.",
+            "where DeepSpeed keeps only a shard of the average over ranks.",
             "choices": ["float32", "bfloat16"],
         },
     )

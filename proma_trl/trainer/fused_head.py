@@ -1,6 +1,6 @@
 """TRL's fused LM head: log-probabilities of the sampled tokens straight from hidden states and the head's weight.
 
-The head never runs as a module and the (k, T, V) logits are never held, so neither are their gradients: both are made
+The head never runs as a module, and neither the (k, T, V) logits nor their gradients are held: both are computed
 again, a range of the vocabulary at a time. The forward pass is TRL's own kernel; the backward pass is ours, since the
 weight's gradient is needed for each sequence, `s_i = sum_t dlogits_it h_it^T`.
 """
@@ -73,7 +73,7 @@ class _SequenceLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logprobs, *_):
-        # PROMA refuses entropy bonuses, so that log-probabilities alone carry gradients
+        # Entropy bonuses are refused, so only log-probabilities have gradients
         kernel = kernel_state(ctx)
         hidden, weight, bias = kernel.hidden, kernel.weight, kernel.bias
         weight_param, bias_param = ctx.params

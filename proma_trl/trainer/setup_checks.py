@@ -1,4 +1,4 @@
-"""Checks of a trainer's setup before training: what sequence gradients can't be had with, settings without effect."""
+"""Checks before training: setups that the projection does not work with, and settings without effect."""
 
 from collections.abc import Iterator
 
@@ -22,9 +22,7 @@ def settings_without_effect(args: PROMAConfig, accelerator: Accelerator) -> list
     if rule.is_plain:
         return messages
     if args.projection_scope == "global" and accelerator.num_processes == 1:
-        messages.append(
-            '`projection_scope="global"` has no effect with one process, whose sequences are all there are.'
-        )
+        messages.append('`projection_scope="global"` has no effect with one process: there are no other ranks.')
     keeps_sums = (
         rule.needs_accumulated
         and args.projection_scope == "local"
@@ -63,7 +61,7 @@ def _problems(accelerator: Accelerator, num_gpus: int, model: nn.Module) -> Iter
     data_parallel = "Use data parallelism: DDP, DeepSpeed ZeRO or FSDP2, as in `recipes/accelerate`."
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         yield (
-            "a compiled model, whose layers run past the hooks that collect sequence gradients",
+            "a compiled model, whose layers bypass the hooks that collect sequence gradients",
             "Launch without `--dynamo_backend` (unset `ACCELERATE_DYNAMO_BACKEND`).",
         )
     if num_gpus > 1:
@@ -107,6 +105,6 @@ def _deepspeed_problems(config: dict, data_parallel: str) -> Iterator[tuple[str,
         yield "DeepSpeed's pipeline or tensor parallelism", data_parallel
     if config.get("compile", {}).get("deepcompile"):
         yield (
-            "DeepCompile, whose graphs run past the hooks that collect sequence gradients",
+            "DeepCompile, whose graphs bypass the hooks that collect sequence gradients",
             "Leave `compile` out of DeepSpeed's configuration.",
         )

@@ -1,4 +1,4 @@
-"""All that is used of TRL beyond its public interface, and the function that checks that it is there."""
+"""Everything that the package uses of TRL beyond its public interface, and the function that checks it."""
 
 from __future__ import annotations
 
