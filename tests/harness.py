@@ -100,7 +100,8 @@ def trainer_gradients(trainer, microbatches):
     trainer.model.train()
     trainer.model.zero_grad()
     losses = []
-    for inputs in microbatches:
+    for i, inputs in enumerate(microbatches):
+        trainer.accelerator.gradient_state._set_sync_gradients(i == len(microbatches) - 1)
         loss = trainer.compute_loss(trainer.model, inputs)
         losses.append(loss.item())
         trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)

@@ -39,12 +39,14 @@ def remove(acc, sequences, policy, *, method="iterative", sweeps=2, bound=0.5, s
 def accumulate(
     model: torch.nn.Module,
     microbatches: list[tuple[list[Callable], torch.Tensor]],
+    weigh: Callable[[str, list[torch.Tensor], torch.Tensor], torch.Tensor] | None = None,
     **settings,
 ) -> dict[str, torch.Tensor]:
     """
     PROMA's accumulated gradients of a float64 copy of `model`.
 
     `microbatches` holds, for each, the k objectives (functions of the model that give a scalar) and the k advantages.
+    `weigh` returns other coefficients, `(k,)`, from a tensor's name, its flat sequence gradients and the advantages.
     """
     model = copy.deepcopy(model).double()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -58,7 +60,10 @@ def accumulate(
             )
         for index, (name, param) in enumerate(params.items()):
             sequences = [g[index].flatten() for g in grads]
-            policy = sum(a * s for a, s in zip(advantages.double(), sequences, strict=True))
+            coefficients = advantages.double()
+            if weigh is not None:
+                coefficients = weigh(name, sequences, coefficients)
+            policy = sum(c * s for c, s in zip(coefficients, sequences, strict=True))
             if name in accumulated:
                 acc = remove(accumulated[name].flatten(), sequences, policy, **settings)
                 accumulated[name] = (acc + policy).view_as(param)

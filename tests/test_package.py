@@ -1,0 +1,99 @@
+"""The package as a whole: what its parts import, and which names it promises."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import proma_trl
+
+PACKAGE = Path(proma_trl.__file__).parent
+# From the trainer down to the mathematics: a layer may import those below it
+LAYERS = ["tools", "trainer", "accumulation", "sequence_grads", "backends", "rules"]
+HELPERS = ["torch_internals", "validation"]
+
+
+def imports(path):
+    """Parts of the package that a file imports, whether at its top or within a function."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("proma_trl"):
+            yield node.module.split(".")[1]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_run_one_way(layer):
+    allowed = {*LAYERS[LAYERS.index(layer) + 1 :], *HELPERS}
+    for path in (PACKAGE / layer).glob("*.py"):
+        assert set(imports(path)) <= allowed | {layer}, path.name
+
+
+def test_helpers_import_no_layer():
+    for name in HELPERS:
+        assert not set(imports(PACKAGE / f"{name}.py")) & set(LAYERS)
+
+
+def loaded_by(statement):
+    script = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["ProjectedAccumulation", "PROMA", "UpdateRule", "register_rule"])
+def test_the_accumulation_loads_no_trainer(name):
+    loaded = loaded_by(f"from proma_trl import {name}")
+    assert "torch" in loaded
+    assert not {"trl", "datasets", "peft", "math_verify"} & loaded
+
+
+def test_all_names_are_there():
+    for name in proma_trl.__all__:
+        assert getattr(proma_trl, name).__name__ in (name, "PROMA")
+    assert set(proma_trl.__all__) <= set(dir(proma_trl))
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        proma_trl.Nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "former,now,name",
+    [
+        ("callbacks", "tools.callbacks", "GreedyEvaluation"),
+        ("config", "trainer.config", "PROMAConfig"),
+        ("data", "tools.data", "load_gsm8k"),
+        ("figures", "tools.figures", "draw_runs"),
+        ("model_card", "trainer.model_card", "CardDataset"),
+        ("policy_metrics", "tools.policy_metrics", "PolicyMetrics"),
+        ("rewards", "tools.rewards", "accuracy_reward"),
+        ("runs", "tools.curves", "read_curves"),
+        ("sampling", "trainer.sampling", "check_server"),
+        ("setup_checks", "trainer.setup_checks", "check_setup"),
+    ],
+)
+def test_modules_have_their_former_names_too(former, now, name):
+    old, new = (importlib.import_module(f"proma_trl.{module}") for module in (former, now))
+    assert old is new and new.__spec__.name == f"proma_trl.{now}"
+    assert hasattr(old, name)
+
+
+def test_former_names_of_the_mathematics():
+    import torch
+
+    from proma_trl.projection import ProjectionSettings, project_exact, rank_tolerance, solve
+
+    assert ProjectionSettings is proma_trl.PROMA
+    sequences, acc = torch.randn(3, 9, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    advantages = torch.zeros(3, dtype=torch.float64)
+    solution = solve(
+        sequences @ sequences.T,
+        sequences @ acc,
+        acc @ acc,
+        advantages,
+        ProjectionSettings("exact", bound=None),
+        rank_tolerance(3, torch.float64, torch.float64),
+    )
+    torch.testing.assert_close(-solution.coefficients @ sequences, project_exact(acc, sequences))
