@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from proma_trl.tools.figures import PANELS, draw_runs, draw_sweep
 from proma_trl.tools.curves import METRICS, mean_and_spread, read_curves, second_half, summarize
+from proma_trl.tools.figures import PANELS, draw_runs, draw_sweep
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 

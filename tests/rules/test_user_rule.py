@@ -9,7 +9,7 @@ from harness import definition, make_args, make_inputs, make_trainer, trainer_gr
 from models import tiny_model
 from test_accumulation import expected, make_batch, objectives
 
-from proma_trl import PROMA, REINFORCE, Chain, PROMAConfig, ProjectedAccumulation, UpdateRule
+from proma_trl import PROMA, REINFORCE, Chain, ProjectedAccumulation, PROMAConfig, UpdateRule
 
 RIDGE, RATE = 1e-3, 0.1
 
