@@ -8,13 +8,17 @@ RUN := $(VENV)/bin/python
 # Waiting threads sleep. If they spin, two programs on the same cores slow each other down many times over.
 export OMP_WAIT_POLICY ?= passive
 
+# Processes that run tests side by side
+WORKERS ?= 2
+
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install test test-vllm lint format demo figure2 clean
+.PHONY: help install test test-slow test-vllm lint format demo figure2 clean
 
 help:
-	@echo "make test      run the tests (ARGS=... goes to pytest)"
+	@echo "make test      run the tests, in minutes (ARGS=... goes to pytest, WORKERS=... is the number of processes)"
+	@echo "make test-slow run the slow tests: many ranks, notebooks"
 	@echo "make test-vllm run the tests on vLLM's CPU build, in an environment of their own (4 GB)"
 	@echo "make demo      warm-start a small policy and improve it with PROMA, on CPU, in minutes (ARGS=... goes to the demo)"
 	@echo "make figure2   compare PROMA with GRPO and REINFORCE on CPU, in under 20 minutes on 2 cores (ARGS=... goes to the recipe)"
@@ -29,8 +33,14 @@ $(STAMP): requirements/tested.txt pyproject.toml scripts/install.sh
 
 install: $(STAMP)
 
+# The tests of a file stay together, as they share what takes long to make
+PYTEST := $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
+
 test: $(STAMP)
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow $(ARGS)
 
 $(VLLM_STAMP): requirements/tested_vllm.txt pyproject.toml scripts/install_vllm.sh
 	PYTHON="$(PYTHON)" bash scripts/install_vllm.sh "$(VLLM_VENV)"

@@ -35,7 +35,7 @@ else:
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory):
     """The folder of a tiny random Qwen3, with the smallest heads that vLLM takes."""
-    from tiny import make_policy, make_tokenizer
+    from support.tiny import make_policy, make_tokenizer
 
     tokenizer = make_tokenizer()
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 64, "max_position_embeddings": 256}

@@ -2,9 +2,9 @@
 
 import statistics
 
-import harness
 import pytest
 import torch
+from support import harness
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 

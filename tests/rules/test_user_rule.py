@@ -2,12 +2,12 @@
 
 import copy
 
-import oracle
 import pytest
 import torch
-from harness import definition, make_args, make_inputs, make_trainer, trainer_gradients
-from models import tiny_model
-from test_accumulation import expected, make_batch, objectives
+from support import oracle
+from support.harness import definition, make_args, make_inputs, make_trainer, trainer_gradients
+from support.models import tiny_model
+from support.sequences import expected, make_batch, objectives
 
 from proma_trl import PROMA, REINFORCE, Chain, ProjectedAccumulation, PROMAConfig, UpdateRule
 

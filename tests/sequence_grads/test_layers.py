@@ -1,0 +1,269 @@
+"""Layers: which yield sequence gradients, which are refused, and how users add their own."""
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from support import oracle
+from support.models import Shared, tiny_llava, tiny_mixture, tiny_model, tiny_qwen_vl
+from support.sequences import LENGTH, VOCABULARY, accumulate, expected, make_batch, make_batches
+from torch import nn
+
+from proma_trl import ProjectedAccumulation, register_rule
+
+
+class Scale(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(size) + 0.5)
+        self.gain = nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, values):
+        return values * self.gamma * self.gain
+
+
+class Registered(Scale):
+    pass
+
+
+@register_rule(Registered)
+def registered_grads(module, inputs, grad_output):
+    gamma = (grad_output * inputs[0] * module.gain).flatten(1, -2).sum(1)
+    gain = (grad_output * inputs[0] * module.gamma).flatten(1).sum(1)
+    return {"gamma": gamma, "gain": gain}
+
+
+def with_layer(layer):
+    model = tiny_model("llama-untied")
+    model.model.layers[1].mlp.down_proj = nn.Sequential(model.model.layers[1].mlp.down_proj, layer)
+    return model
+
+
+def test_an_unknown_layer_is_refused_with_the_ways_out():
+    with pytest.raises(ValueError) as error:
+        ProjectedAccumulation(with_layer(Scale(32)), microbatch_size=4)
+    message = str(error.value)
+    assert "`model.layers.1.mlp.down_proj.1` (Scale)" in message
+    assert "register_rule" in message and "per_device_train_batch_size=1" in message
+
+
+def test_an_unknown_layer_works_with_one_sequence_a_microbatch():
+    model, batches = with_layer(Scale(32)), make_batches("llama-untied", 1)
+    found, _ = accumulate(model, batches)
+    oracle.assert_close(found, expected(model, batches))
+
+
+def test_an_unknown_frozen_layer_is_no_obstacle():
+    layer = Scale(32).requires_grad_(False)
+    model, batches = with_layer(layer), make_batches("llama-untied", 4)
+    found, _ = accumulate(model, batches)
+    oracle.assert_close(found, expected(model, batches))
+
+
+def test_a_registered_rule_is_used():
+    model, batches = with_layer(Registered(32)), make_batches("llama-untied", 4)
+    found, _ = accumulate(model, batches)
+    oracle.assert_close(found, expected(model, batches))
+
+
+def test_a_rule_that_returns_nonsense_is_named():
+    class Broken(Scale):
+        pass
+
+    register_rule(Broken)(lambda module, inputs, grad_output: {"gamma": grad_output.sum((0, 1))})
+    model, batches = with_layer(Broken(32)), make_batches("llama-untied", 4)
+    with pytest.raises(ValueError, match=r"rule for `model.layers.1.mlp.down_proj.1` \(Broken\).*shape \(32,\)"):
+        accumulate(model, batches)
+    register_rule(Broken)(lambda module, inputs, grad_output: {"gamma": (grad_output * inputs[0]).sum(1)})
+    with pytest.raises(ValueError, match="no gradients for its trainable parameter `gain`"):
+        accumulate(model, batches)
+
+
+def test_shared_and_unused_layers():
+    torch.manual_seed(0)
+    model, batches = Shared(), make_batches("", 4)
+    found, _ = accumulate(model, batches)
+    assert all(found.pop(name) is None for name in ("unused.weight", "unused.bias"))
+    want = expected(model, batches)
+    oracle.assert_close(found, {name: grad for name, grad in want.items() if "unused" not in name})
+
+
+def test_a_use_outside_the_loss_does_not_hold_gradients_back():
+    class Aside(Shared):
+        def forward(self, input_ids, attention_mask=None):
+            output = super().forward(input_ids)
+            output.aside = self.twice(self.embedding(input_ids))
+            return output
+
+    torch.manual_seed(0)
+    model, batches = Aside(), make_batches("", 4)
+    found, _ = accumulate(model, batches)
+    want = expected(model, batches)
+    oracle.assert_close(
+        {n: g for n, g in found.items() if "unused" not in n}, {n: g for n, g in want.items() if "unused" not in n}
+    )
+
+
+def test_a_use_outside_the_layer_is_an_error_not_a_wrong_gradient():
+    class Borrowing(Shared):
+        def forward(self, input_ids, attention_mask=None):
+            hidden = self.embedding(input_ids)
+            hidden = self.twice(hidden) + nn.functional.linear(hidden, self.twice.weight)
+            return type("Output", (), {"logits": self.head(hidden)})
+
+    model, batches = Borrowing(), make_batches("", 4)
+    with pytest.raises(RuntimeError, match=r"`twice.weight` is used outside.*per_device_train_batch_size=1"):
+        accumulate(model, batches)
+    one = make_batches("", 1)
+    found, _ = accumulate(model, one)
+    want = expected(model, one)
+    names = [n for n in want if want[n].norm() > 0]
+    oracle.assert_close({n: found[n] for n in names}, {n: want[n] for n in names})
+
+
+def test_tokens_that_are_not_sorted_by_sequence_are_an_error():
+    class Routed(Shared):
+        def forward(self, input_ids, attention_mask=None):
+            hidden = self.embedding(input_ids)
+            chosen = hidden[input_ids > 40]
+            hidden = hidden.masked_scatter((input_ids > 40).unsqueeze(-1), self.twice(chosen))
+            return type("Output", (), {"logits": self.head(hidden)})
+
+    with pytest.raises(ValueError, match=r"`twice` ran on a tensor of shape.*can't be told apart"):
+        accumulate(Routed(), make_batches("", 4))
+
+
+def test_a_layer_that_runs_before_the_model_is_an_error():
+    model = Shared()
+    accumulation = ProjectedAccumulation(model, microbatch_size=4)
+    with accumulation.capture():
+        output = model.twice(torch.randn(4, LENGTH, 16))
+    with pytest.raises(RuntimeError, match="No forward pass was captured"):
+        accumulation.loss(output.sum((1, 2)), torch.ones(4))
+    with pytest.raises(ValueError, match=r"`embedding` ran inside `capture\(\)` before"), accumulation.capture():
+        model.embedding(torch.ones(4, LENGTH, dtype=torch.long))
+
+
+def test_virtual_tokens_are_an_error():
+    model = get_peft_model(
+        tiny_model("llama-untied"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2)
+    )
+    with pytest.raises(ValueError, match="can't be told apart"):
+        accumulate(model, make_batches("llama-untied", 4))
+
+
+def test_an_alias_of_a_parameter_is_no_obstacle():
+    """As in BERT's head, whose bias is its decoder's."""
+
+    class Aliased(Shared):
+        def __init__(self):
+            super().__init__()
+            self.alias = nn.Module()
+            self.alias.bias = self.twice.bias
+
+    torch.manual_seed(0)
+    model, batches = Aliased(), make_batches("", 4)
+    found, _ = accumulate(model, batches)
+    want = expected(model, batches)
+    oracle.assert_close(
+        {n: g for n, g in found.items() if "unused" not in n}, {n: g for n, g in want.items() if "unused" not in n}
+    )
+
+
+class PickedPositions(nn.Embedding):
+    """Whisper's: rows picked by their index."""
+
+    def forward(self, input_ids, position_ids):
+        return self.weight[position_ids]
+
+
+def test_positions_picked_by_index():
+    class Positions(Shared):
+        def __init__(self):
+            super().__init__()
+            self.positions = PickedPositions(32, 16)
+
+        def forward(self, input_ids, attention_mask=None):
+            hidden = self.embedding(input_ids) + self.positions(input_ids, torch.arange(LENGTH)[None])
+            return type("Output", (), {"logits": self.head(self.norm(self.twice(hidden)))})
+
+    torch.manual_seed(0)
+    model, batches = Positions(), make_batches("", 4)
+    found, _ = accumulate(model, batches)
+    want = expected(model, batches)
+    names = [n for n in want if "unused" not in n]
+    oracle.assert_close({n: found[n] for n in names}, {n: want[n] for n in names})
+
+
+@pytest.mark.parametrize("kwargs", [{"sparse": True}, {"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_embeddings_with_other_gradients_are_refused(kwargs):
+    model = Shared()
+    model.embedding = nn.Embedding(VOCABULARY, 16, **kwargs)
+    with pytest.raises(ValueError, match=rf"`embedding` \(Embedding\).*{next(iter(kwargs))}"):
+        ProjectedAccumulation(model, microbatch_size=2)
+
+
+def image_batch(counts, seed):
+    """Two sequences with some images each, of four tokens an image."""
+    ids, mask, weights, advantages = make_batch(2, seed, left_padding=False)
+    mask[:] = 1
+    ids = ids.clamp(max=95)
+    for i, count in enumerate(counts):
+        ids[i, : 4 * count] = 96
+    images = torch.randn(sum(counts), 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return ids, images, weights, advantages
+
+
+@pytest.mark.parametrize("trained", ["multi_modal_projector", "vision_tower"])
+def test_layers_on_images_are_refused_whatever_their_number(trained):
+    model = tiny_llava()
+    model.requires_grad_(False)
+    getattr(model.model, trained).requires_grad_(True)
+    with pytest.raises(ValueError, match=rf"(?s)`model.{trained}.*outside the text decoder.*microbatch_size=1"):
+        ProjectedAccumulation(model, microbatch_size=2)
+    assert ProjectedAccumulation(model, microbatch_size=1)
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (2, 0), (0, 2)])
+def test_a_text_decoder_beside_frozen_images(counts):
+    model = tiny_llava()
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
+    accumulation = ProjectedAccumulation(model, microbatch_size=2)
+
+    def objective(m, ids, images, weights):
+        logits = m(input_ids=ids, pixel_values=images.to(m.dtype) if len(images) else None).logits[:, :-1]
+        log_probs = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        return -(log_probs * weights).sum(-1) / LENGTH
+
+    def one(ids, images, weights, i):
+        own = images[: counts[0]] if i == 0 else images[counts[0] :]
+        return lambda m: objective(m, ids[i : i + 1], own, weights[i : i + 1])[0]
+
+    batches = [image_batch(counts, seed) for seed in range(3)]
+    for ids, images, weights, advantages in batches:
+        with accumulation.capture():
+            values = objective(model, ids, images, weights)
+        accumulation.loss(values, advantages).backward()
+    want = oracle.accumulate(model, [([one(*b[:3], i) for i in range(2)], b[3]) for b in batches])
+    oracle.assert_close({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, want)
+
+
+@pytest.mark.parametrize("target_parameters", [None, ["mlp.experts.gate_up_proj"]])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen2_5_vl"])
+def test_adapters_whose_sequences_cannot_be_seen_are_refused_when_made(family, target_parameters):
+    model = tiny_qwen_vl() if family == "qwen2_5_vl" else tiny_mixture(family)
+    config = LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        target_parameters=target_parameters if family != "qwen2_5_vl" else None,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    if family == "gpt_oss" and target_parameters is None:  # adapters in the attention's linear layers alone
+        batches = make_batches("", 4)
+        found, _ = accumulate(model, batches)
+        assert found and all(grad is not None for grad in found.values())
+        return
+    reason = "outside the text decoder" if family == "qwen2_5_vl" else "`ParamWrapper` multiplies its weights"
+    with pytest.raises(ValueError, match=rf"(?s)lora_A.default` \(Linear\).*{reason}.*microbatch_size=1"):
+        ProjectedAccumulation(model, microbatch_size=2)

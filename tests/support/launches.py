@@ -1,0 +1,189 @@
+"""Launches of several ranks, and what the definition makes of the microbatches that they saw."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate.utils import is_deepspeed_available
+from peft import get_peft_model
+from safetensors.torch import load_file
+
+from support import oracle
+from support.harness import LORA, TOKENIZER, make_args, make_model, sequence_objective
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "tests" / "support"
+RANKS = 2
+
+
+def accelerate_config(name, folder, mixed_precision="no", use_cpu=True, **deepspeed):
+    """A configuration of `recipes/accelerate`, for two CPU ranks, with another DeepSpeed part if one is given."""
+    config = yaml.safe_load((ROOT / "recipes" / "accelerate" / f"{name}.yaml").read_text())
+    config |= {"use_cpu": use_cpu, "num_processes": RANKS, "mixed_precision": mixed_precision}
+    config["main_process_port"] = 0  # any that is free
+    if deepspeed:
+        del config["mixed_precision"]  # it would be in the file
+        config["deepspeed_config"] = deepspeed
+    path = folder / "accelerate.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def launch(config, *command, timeout=300):
+    """Starts a script on all ranks, as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def launch_cases(folder, config, cases):
+    """Starts the worker on `cases`."""
+    for name in {case["model"] for case in cases.values()}:
+        make_model(name).save_pretrained(folder / "models" / name)
+        TOKENIZER.save_pretrained(folder / "models" / name)
+    listed = [{**case, "name": name, "model": str(folder / "models" / case["model"])} for name, case in cases.items()]
+    (folder / "cases.json").write_text(json.dumps(listed))
+    return launch(config, SCRIPTS / "worker.py", folder / "cases.json", folder)
+
+
+def run_cases(folder, config, cases):
+    """Trains all cases in one launch; returns the folder of each."""
+    run = launch_cases(folder, config, cases)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-9000:]
+    return {name: folder / name for name in cases}
+
+
+def initial_model(case, folder):
+    model = make_model(case["model"])
+    if case.get("lora"):
+        model = get_peft_model(model, LORA)
+        loaded = model.load_state_dict(torch.load(folder / "adapter.pt"), strict=False)
+        assert not loaded.unexpected_keys
+    return model
+
+
+def steps(folder):
+    """What each rank's loss was given, step by step: `steps[i][rank]` are the microbatches of an accumulation."""
+    ranks = []
+    for rank in range(RANKS):
+        accumulations = [[]]
+        for inputs in torch.load(folder / f"inputs_{rank}.pt"):
+            accumulations[-1].append({**inputs, "num_items_in_batch": inputs["num_items_in_batch"] / RANKS})
+            if inputs["boundary"]:
+                accumulations.append([])
+        assert not accumulations.pop()
+        ranks.append(accumulations)
+    assert not torch.equal(ranks[0][0][0]["completion_ids"], ranks[1][0][0]["completion_ids"])
+    assert any((m["advantages"] != 0).any() for rank in ranks for m in rank[0])
+    return list(zip(*ranks, strict=True))
+
+
+def wanted(case, folder, model, ranks, **settings):
+    """The definition: the mean over ranks of each rank's PROMA, or PROMA of all ranks' sequences together."""
+    args = make_args(folder / "unused", **case["args"])
+    trainer = SimpleNamespace(args=args, temperature=args.temperature)
+
+    def objectives(inputs, count):
+        k = len(inputs["advantages"])
+        return [sequence_objective(trainer, inputs, i, count) for i in range(k)], inputs["advantages"]
+
+    accumulations = [[objectives(m, len(microbatches)) for m in microbatches] for microbatches in ranks]
+    if args.projection_scope == "global":
+        unions = zip(*accumulations, strict=True)
+        accumulations = [[([f for fs, _ in union for f in fs], torch.cat([a for _, a in union])) for union in unions]]
+    found = [oracle.accumulate(model, microbatches, **settings) for microbatches in accumulations]
+    grads = {name: sum(grads[name] for grads in found) / RANKS for name in found[0]}
+    norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
+    scale = min(1.0, args.max_grad_norm / norm.item()) if args.max_grad_norm else 1.0
+    return {name: scale * grad for name, grad in grads.items()}
+
+
+def change(case, folder, model):
+    """What training subtracted from the weights, in units of the learning rate."""
+    before = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if case.get("lora"):
+        saved = load_file(folder / "trained" / "adapter_model.safetensors")
+        after = {name: saved[name.replace(".default", "")] for name in before}
+    else:
+        after = load_file(folder / "trained" / "model.safetensors")
+    rate = case["args"]["learning_rate"]
+    return {name: (value.double() - after[name].double()) / rate for name, value in before.items()}
+
+
+def assert_the_definitions(case, folder, tolerance=1e-5, **settings):
+    """Training changed the weights as the definition does, step by step."""
+    model = initial_model(case, folder)
+    found, total = change(case, folder, model), {}
+    model.double()
+    for ranks in steps(folder):
+        grads = wanted(case, folder, model, ranks, **settings)
+        with torch.no_grad():
+            for name, grad in grads.items():
+                model.get_parameter(name).sub_(case["args"]["learning_rate"] * grad)
+                total[name] = total.get(name, 0) + grad
+    oracle.assert_close(found, total, tolerance)
+
+
+# One optimizer step of plain gradient descent: what changes is the gradient. The rate is so large that float32 weights
+# show it to seven digits.
+STEP = {
+    "optim": "sgd",
+    "learning_rate": 100.0,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "per_device_train_batch_size": 2,
+    "num_generations": 3,
+    "model_init_kwargs": {"dtype": "float32"},
+}
+# One generation of four microbatches: an accumulation of three, and an off-policy one of one
+SHORT = {
+    "max_steps": -1,
+    "num_train_epochs": 1,
+    "steps_per_generation": 4,
+    "num_generations": 4,
+    "learning_rate": 1.0,
+}
+CASES = {
+    f"{model}{'-lora' if lora else ''}-{scope}{suffix}": {
+        "model": model,
+        "lora": lora,
+        "prompts": 4 if suffix == "-short" else 64,
+        "args": {**STEP, "projection_scope": scope, **extra},
+    }
+    for scope in ("local", "global")
+    for model, lora, suffix, extra in (
+        ("llama-untied", False, "", {}),
+        ("qwen3-tied", False, "", {}),
+        ("qwen3-tied", True, "", {}),
+        ("qwen3-tied", False, "-checkpointing", {"gradient_checkpointing": True}),
+        ("qwen3-tied", True, "-checkpointing", {"gradient_checkpointing": True}),
+        ("llama-untied", False, "-single", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}),
+        ("llama-untied", False, "-clipped", {"max_grad_norm": 0.1}),
+        ("llama-untied", False, "-short", SHORT),
+        ("llama-untied", False, "-budget", {"projection_memory_budget": 1e-5, "projection": "exact"}),
+    )
+}
+BACKENDS = {
+    "ddp": ("multi_gpu", {}),
+    "zero1": ("zero1", {}),
+    "zero2": ("zero2", {}),
+    "zero3": ("zero3", {}),
+    "fsdp2": ("multi_gpu", {"fsdp": True}),
+}
+
+
+def marked(backends):
+    """The backends, as parameters that are skipped where DeepSpeed is not there."""
+    missing = pytest.mark.skipif(not is_deepspeed_available(), reason="needs deepspeed")
+    return [pytest.param(name, marks=missing if name.startswith("zero") else ()) for name in backends]

@@ -1,0 +1,66 @@
+"""The same on a CUDA device, where TRL's fused head takes another path: Triton kernels, and unmasked tokens only."""
+
+import pytest
+import torch
+from support import oracle
+from support.harness import definition, make_inputs, make_model, make_trainer, trainer_gradients
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def inputs_on_cuda(k):
+    return [{name: value.cuda() for name, value in make_inputs(k, seed).items()} for seed in range(3)]
+
+
+def wanted(trainer, microbatches, **settings):
+    """The definition, on the CPU."""
+    trainer.model.cpu()
+    microbatches = [{name: value.cpu() for name, value in inputs.items()} for inputs in microbatches]
+    model, objectives = definition(trainer, microbatches)
+    return oracle.accumulate(model, objectives, **settings)
+
+
+@pytest.mark.parametrize("k", [1, 4, 8])
+@pytest.mark.parametrize("budget", [0.5, 1e-5])
+@pytest.mark.parametrize("architecture", ["qwen3-tied", "llama-untied", "gpt2", "gemma", "cohere"])
+def test_float32(architecture, budget, k, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    trainer = make_trainer(
+        tmp_path,
+        make_model(architecture),
+        use_cpu=False,
+        per_device_train_batch_size=k,
+        generation_batch_size=8,
+        projection_memory_budget=budget,
+    )
+    microbatches = inputs_on_cuda(k)
+    found, _ = trainer_gradients(trainer, microbatches)
+    found = {name: grad.cpu() for name, grad in found.items()}
+    oracle.assert_close(found, wanted(trainer, microbatches))
+
+
+@pytest.mark.parametrize("method", ["iterative", "exact"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_autocast(method, checkpointing, tmp_path):
+    trainer = make_trainer(tmp_path, use_cpu=False, bf16=True, projection=method, gradient_checkpointing=checkpointing)
+    microbatches = inputs_on_cuda(4)
+    found, _ = trainer_gradients(trainer, microbatches)
+    found = {name: grad.cpu() for name, grad in found.items()}
+    for name, want in wanted(trainer, microbatches, method=method).items():
+        assert found[name].dtype == torch.float32
+        assert (found[name].double() - want).norm() <= 0.05 * want.norm(), name
+
+
+def test_the_backward_pass_does_not_wait_for_the_device(tmp_path):
+    trainer = make_trainer(tmp_path, use_cpu=False)
+    microbatches = inputs_on_cuda(4)
+    trainer_gradients(trainer, microbatches)  # warm up
+    loss = trainer.compute_loss(trainer.model, microbatches[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,194 @@
+"""What the trainer checks and refuses, at construction and on the first microbatch."""
+
+import copy
+import inspect
+from types import MethodType
+
+import pytest
+import torch
+from support.harness import (
+    TOKENIZER,
+    check,
+    inputs_for,
+    make_args,
+    make_inputs,
+    make_model,
+    make_trainer,
+    trainer_gradients,
+)
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from proma_trl import PROMATrainer
+
+
+def test_trl_methods_keep_their_signatures():
+    """Positional calls from TRL, or from code written for it, must not fail."""
+    for name, method in vars(PROMATrainer).items():
+        original = inspect.getattr_static(GRPOTrainer, name, None)
+        if inspect.isfunction(method) and original is not None:
+            want = [(p.name, p.kind) for p in inspect.signature(original).parameters.values()]
+            assert [(p.name, p.kind) for p in inspect.signature(method).parameters.values()] == want, name
+    assert PROMATrainer.get_off_policy_mask is GRPOTrainer.get_off_policy_mask
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("term", ["sign", "square", "gradient"])
+def test_a_loss_that_is_not_linear_in_the_advantages_is_refused(term, k, tmp_path, monkeypatch):
+    original = GRPOTrainer._compute_loss
+    loss = {
+        "sign": lambda loss, advantages: loss * (1 + 0.1 * (advantages > 0).float().mean()),
+        "square": lambda loss, advantages: loss + 0.01 * advantages.square().sum(),
+        # Its value is right, its gradient is not: as with a ratio that is clipped, on-policy
+        "gradient": lambda loss, advantages: torch.where(
+            (advantages < 0).any(), 1.5 * loss - 0.5 * loss.detach(), loss
+        ),
+    }[term]
+    monkeypatch.setattr(
+        GRPOTrainer,
+        "_compute_loss",
+        lambda self, model, inputs: loss(original(self, model, inputs), inputs["advantages"]),
+    )
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=k, generation_batch_size=4)
+    with pytest.raises(RuntimeError, match=r"`loss_type='dapo'`\) is not linear in the advantages.*`GRPOTrainer`"):
+        trainer_gradients(trainer, inputs_for("qwen3-tied", k))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"bf16": True}, {"gradient_checkpointing": True}])
+def test_layers_that_mix_sequences_are_refused_at_the_first_microbatch(kwargs, tmp_path):
+    """A leading dimension of k that is not the sequences': here they are in another order."""
+
+    model = make_model()
+    layer = model.model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda module, args: (args[0].flip(0),))
+    layer.register_forward_hook(lambda module, args, output: output.flip(0))
+    trainer = make_trainer(tmp_path, model, **kwargs)
+    with pytest.raises(RuntimeError, match=r"wrong for `model.layers.0.mlp.gate_proj.weight`.*down_proj") as error:
+        trainer_gradients(trainer, inputs_for("qwen3-tied", 4))
+    assert "layers.1" not in str(error.value) and "self_attn" not in str(error.value)
+
+
+def test_the_checks_of_the_first_microbatch_leave_no_trace(tmp_path):
+    """Random numbers, metrics and gradients are those of a run without the checks."""
+    model = make_model(attention_dropout=0.3)
+    microbatches = inputs_for("qwen3-tied", 4)
+    results = []
+    for checked in (False, True):
+        trainer = make_trainer(tmp_path, copy.deepcopy(model))
+        trainer._checked = checked
+        torch.manual_seed(5)
+        gradients, losses = trainer_gradients(trainer, microbatches)
+        results.append((gradients, losses, dict(trainer._metrics["train"]), torch.rand(())))
+    (checked, losses, metrics, random), (plain, plain_losses, plain_metrics, plain_random) = results
+    assert losses == plain_losses and metrics == plain_metrics and random == plain_random
+    assert len(metrics["entropy"]) == len(microbatches)
+    for name, grad in plain.items():
+        assert torch.equal(checked[name], grad), name
+
+
+def test_kernels_that_are_applied_when_training_begins_are_seen(tmp_path, monkeypatch):
+    """As Liger's: a norm that takes no copies of its weight, set on single modules after the trainer was made."""
+
+    def apply_kernels(model, config):
+        def forward(self, hidden):
+            assert self.weight.dim() == 1
+            return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+        for module in model.modules():
+            if "RMSNorm" in type(module).__name__:
+                module.forward = MethodType(forward, module)
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply_kernels)
+    trainer = make_trainer(tmp_path)
+    trainer.args.use_liger_kernel = True
+    with pytest.raises(ValueError, match=r"(?s)`model.layers.0.self_attn.q_norm` \(Qwen3RMSNorm\).*batch_size=1"):
+        trainer.train()
+
+
+def test_one_microbatch_a_step_is_said_to_be_reinforce(tmp_path, caplog):
+    with pytest.warns(
+        UserWarning, match=r"`projection='iterative'` has no effect with `gradient_accumulation_steps=1`"
+    ):
+        trainer = make_trainer(tmp_path, gradient_accumulation_steps=1)
+    trainer.train()
+    assert [r.message for r in caplog.records if "has no effect" in r.message and r.name.startswith("proma_trl")]
+    trainer.create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert "PROMA" not in card.replace("proma-trl", "") and "projection" not in card and "REINFORCE" in card
+
+
+def test_settings_that_act_are_not_warned_of(tmp_path, recwarn):
+    make_trainer(tmp_path, projection_sweeps=3, projection_bound=None, projection_memory_budget=0.1)
+    make_trainer(tmp_path, projection="none")
+    assert not [w for w in recwarn if "has no effect" in str(w.message)]
+
+
+def test_other_configurations_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="`args` must be a `PROMAConfig`, got `GRPOConfig`"):
+        make_trainer(tmp_path, args=make_args(tmp_path, GRPOConfig))
+
+
+def test_token_level_advantages_are_refused_at_the_first_batch(tmp_path):
+    trainer = make_trainer(tmp_path)
+    inputs = make_inputs(4, 0)
+    inputs["advantages"] = inputs["advantages"].unsqueeze(1).expand(-1, 7)
+    with pytest.raises(ValueError, match=r"shape \(4, 7\) weigh tokens, not sequences.*GRPOTrainer"):
+        trainer.compute_loss(trainer.model.train(), inputs)
+
+
+def tiny_moe(**kwargs):
+    config = Qwen3MoeConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=TOKENIZER.pad_token_id,
+        eos_token_id=TOKENIZER.eos_token_id,
+        **kwargs,
+    )
+    config._experts_implementation = "eager"  # the grouped kernel has no float64
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(config)
+
+
+def test_the_load_balancing_loss_of_experts_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"load-balancing.*`router_aux_loss_coef=0.0`"):
+        make_trainer(tmp_path, tiny_moe())
+
+
+def test_experts_train_with_one_sequence_a_microbatch(tmp_path):
+    with pytest.raises(ValueError, match=r"(?s)`model.layers.0.mlp.experts` .*per_device_train_batch_size=1"):
+        make_trainer(tmp_path, tiny_moe(), router_aux_loss_coef=0.0)
+    trainer = make_trainer(
+        tmp_path, tiny_moe(), router_aux_loss_coef=0.0, per_device_train_batch_size=1, generation_batch_size=4
+    )
+    check(trainer, inputs_for("qwen3-moe", 1))
+
+
+def test_compiled_models_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match=r"compiled model.*--dynamo_backend"):
+        make_trainer(tmp_path)
+
+
+def test_reducing_every_microbatch_is_refused(tmp_path):
+    def reduce_each():  # transformers writes to what it is given
+        return {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+
+    with pytest.raises(ValueError, match=r"`sync_each_batch`.*`projection=\"none\"`"):
+        make_trainer(tmp_path, accelerator_config=reduce_each())
+    make_trainer(tmp_path, accelerator_config=reduce_each(), projection="none")
+
+
+def test_a_changed_fused_head_is_refused(tmp_path, monkeypatch):
+    from trl.trainer import utils
+
+    monkeypatch.delattr(utils, "_use_triton")
+    with pytest.raises(RuntimeError, match=r"_use_triton.*Install a TRL version"):
+        make_trainer(tmp_path)

@@ -1,0 +1,306 @@
+"""Completions that another sampler made, or an earlier policy: corrections are token weights, and ratios unclipped."""
+
+import copy
+
+import pytest
+import torch
+from support import oracle
+from support.harness import (
+    TOKENIZER,
+    definition,
+    make_inputs,
+    make_model,
+    make_trainer,
+    token_log_probs,
+    trainer_gradients,
+)
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from proma_trl.trainer.sampling import check_server
+
+
+class Server:
+    """What a server says of itself."""
+
+    base_url = "http://localhost:1"
+
+    def __init__(self, model):
+        self.served = str(model)
+
+    def get_server_info(self):
+        return {"model_config": {"model": self.served, "logprobs_mode": "processed_logprobs"}}
+
+
+class OtherSampler:
+    """
+    Stands in for vLLM: draws tokens at random, and reports log-probabilities far from the policy's, some of them
+    missing, as vLLM's are where they are NaN.
+    """
+
+    def __init__(self, model, **settings):
+        self.model, self.settings, self.syncs, self.reported = model, settings, 0, {}
+        self.generator = torch.Generator().manual_seed(0)
+        self.vllm_client = Server(model.config._name_or_path)
+
+    def sync_weights(self):
+        self.syncs += 1
+
+    def generate(self, prompts, images, num_generations, profiler):
+        completions, log_probs = [], []
+        for _ in prompts:
+            length = int(torch.randint(3, 8, (), generator=self.generator))
+            ids = torch.randint(6, len(TOKENIZER), (length,), generator=self.generator).tolist()
+            reported = (-4.6 + torch.randn(length, generator=self.generator)).tolist()
+            reported[1] = None
+            completions.append(ids)
+            log_probs.append([[value] for value in reported])
+            self.reported[tuple(ids)] = reported
+        return prompts, completions, log_probs, None
+
+
+@pytest.fixture(autouse=True)
+def sampler(monkeypatch):
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", OtherSampler)
+
+
+class Recorder(TrainerCallback):
+    """Keeps what each optimizer step gets, the weights before it, and the microbatches that it came from."""
+
+    def __init__(self):
+        self.steps, self.microbatches = [], []
+
+    def follow(self, trainer):
+        original = trainer._compute_loss
+
+        def compute_loss(model, inputs):
+            self.microbatches.append({name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)})
+            return original(model, inputs)
+
+        trainer._compute_loss = compute_loss
+        trainer.add_callback(self)
+        return trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.steps.append((copy.deepcopy(model.state_dict()), gradients, self.microbatches))
+        self.microbatches = []
+
+
+def policy_log_probs(trainer, weights, inputs):
+    """`(k, T)`, in float64, from a model without hooks."""
+    model = copy.deepcopy(trainer.pristine)
+    model.load_state_dict(weights)
+    model.double()
+    with torch.no_grad():
+        return torch.stack([token_log_probs(model, inputs, i) for i in range(len(inputs["advantages"]))])
+
+
+def expected_ratio(mode, low, high, log_probs, inputs, reported):
+    """What corrects for the sampler, `(k, T)`, one sequence and one token at a time."""
+    ratio = torch.ones_like(log_probs)
+    for i, mask in enumerate(inputs["completion_mask"]):
+        ids = inputs["completion_ids"][i][mask.bool()].tolist()
+        differences = [
+            0.0 if value is None else log_probs[i, t].item() - value for t, value in enumerate(reported[tuple(ids)])
+        ]
+        if mode.startswith("sequence"):
+            differences = [sum(differences)] * len(ids)
+        for t, difference in enumerate(differences):
+            value = torch.tensor(difference).exp().item()
+            if mode.endswith("truncate"):
+                value = min(max(value, low or 0.0), high)
+            elif not (low or 0.0) <= value <= high:
+                value = 0.0
+            ratio[i, t] = value
+    return ratio
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize(
+    "mode,low,high",
+    [
+        ("token_truncate", None, 1.5),
+        ("token_mask", 0.5, 1.5),
+        ("sequence_truncate", None, 3.0),
+        ("sequence_mask", 0.2, 5.0),
+    ],
+)
+def test_corrections_are_token_weights(mode, low, high, k, tmp_path):
+    recorder = Recorder()
+    trainer = recorder.follow(
+        make_trainer(
+            tmp_path,
+            use_vllm=True,
+            vllm_importance_sampling_mode=mode,
+            vllm_importance_sampling_clip_min=low,
+            vllm_importance_sampling_clip_max=high,
+            per_device_train_batch_size=k,
+            gradient_accumulation_steps=4,
+            max_grad_norm=0.0,
+        )
+    )
+    trainer.train()
+    ((weights, found, microbatches),) = recorder.steps
+    seen = []
+    for inputs in microbatches:
+        ratio = expected_ratio(
+            mode, low, high, policy_log_probs(trainer, weights, inputs), inputs, trainer.vllm_generation.reported
+        )
+        given = inputs["importance_sampling_ratio"].double().expand_as(ratio)
+        torch.testing.assert_close(
+            given * inputs["completion_mask"], ratio * inputs["completion_mask"], rtol=1e-3, atol=0
+        )
+        inputs["weights"] = ratio
+        seen += ratio[inputs["completion_mask"].bool()].tolist()
+    assert max(seen) > 1.2 and min(seen) < 0.6
+    if mode.endswith("mask"):
+        assert 0 < seen.count(0.0) < len(seen)
+    trainer.model.load_state_dict(weights)
+    oracle.assert_close(found, oracle.accumulate(*definition(trainer, microbatches)), 1e-4)
+
+
+def test_a_microbatch_whose_sequences_are_all_masked_changes_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, use_vllm=True)
+    microbatches = [make_inputs(4, seed, off_policy=True) for seed in range(3)]
+    for inputs in microbatches:
+        inputs["importance_sampling_ratio"] = torch.ones(4, 1)
+    microbatches[1]["importance_sampling_ratio"] = torch.zeros(4, 1)
+    trainer.current_gradient_accumulation_steps = 3
+    trainer.model.train()
+    trainer.model.zero_grad()
+    before = None
+    for i, inputs in enumerate(microbatches):
+        trainer.compute_loss(trainer.model, inputs).backward()
+        grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+        assert all(torch.isfinite(grad).all() for grad in grads.values())
+        if i == 1:
+            assert all(torch.equal(grads[name], before[name]) for name in grads)
+        before = grads
+    found, _ = trainer_gradients(trainer, microbatches)
+    assert any((found[name] != 0).any() for name in found)
+
+
+@pytest.mark.parametrize("use_vllm", [False, True])
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_later_steps_on_a_generation_carry_the_unclipped_ratio(num_iterations, use_vllm, tmp_path):
+    """Two optimizer steps a generation, as in the paper, and several passes over it."""
+    recorder = Recorder()
+    trainer = recorder.follow(
+        make_trainer(
+            tmp_path,
+            use_vllm=use_vllm,
+            vllm_importance_sampling_correction=False,
+            steps_per_generation=6,
+            num_iterations=num_iterations,
+            max_steps=2 * num_iterations,
+            optim="sgd",
+            learning_rate=2.0,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+        )
+    )
+    trainer.train()
+    if use_vllm:
+        assert trainer.vllm_generation.syncs == 1
+    assert len(recorder.steps) == 2 * num_iterations
+    sampled_with, ratios = recorder.steps[0][0], []
+    for weights, found, microbatches in recorder.steps:
+        for inputs in microbatches:
+            mask = inputs["completion_mask"].bool()
+            old = policy_log_probs(trainer, sampled_with, inputs)[mask]
+            torch.testing.assert_close(inputs["old_per_token_logps"].double()[mask], old, rtol=1e-4, atol=1e-4)
+            ratios += (policy_log_probs(trainer, weights, inputs)[mask] - old).exp().tolist()
+        trainer.model.load_state_dict(weights)
+        oracle.assert_close(found, oracle.accumulate(*definition(trainer, microbatches)), 1e-4)
+    assert max(ratios) > 1.3 and min(ratios) < 0.7
+
+
+def test_settings_reach_the_sampler(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        use_vllm=True,
+        vllm_mode="server",
+        vllm_server_base_url="http://localhost:1",
+        vllm_tensor_parallel_size=2,
+        vllm_enable_sleep_mode=True,
+        vllm_gpu_memory_utilization=0.25,
+        vllm_importance_sampling_correction=False,
+    )
+    settings = trainer.vllm_generation.settings
+    assert settings["mode"] == "server" and settings["server_base_url"] == "http://localhost:1"
+    assert settings["tensor_parallel_size"] == 2 and settings["enable_sleep_mode"]
+    assert settings["gpu_memory_utilization"] == 0.25
+    assert trainer.vllm_generation.model is trainer.model
+
+
+def test_weights_reach_the_sampler_after_each_optimizer_step(tmp_path):
+    trainer = make_trainer(tmp_path, use_vllm=True, max_steps=3)
+    trainer.train()
+    assert trainer.vllm_generation.syncs == 3
+
+
+# Servers
+
+
+def test_a_server_with_the_trained_model(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    check_server(Server(model.config._name_or_path), model)
+    check_server(Server(tmp_path / "model"), model)
+
+
+def test_a_server_with_another_model(tmp_path):
+    model = make_model()
+    make_model("llama-untied", num_hidden_layers=3).save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"at http://localhost:1 serves another model.*'llama' there and 'qwen3' here"
+    ):
+        check_server(Server(tmp_path / "other"), model)
+
+
+def test_a_server_with_a_model_that_is_not_known_here(tmp_path):
+    with pytest.warns(UserWarning, match=r"serves 'some/model'.*training will fail when weights are sent"):
+        check_server(Server("some/model"), make_model())
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_server_that_fails_ends_training_after_saving(step, tmp_path):
+    trainer = make_trainer(tmp_path, use_vllm=True, vllm_mode="server", max_steps=4)
+    original = trainer.vllm_generation.generate
+
+    def generate(**kwargs):
+        if trainer.state.global_step == step:
+            raise ConnectionError("connection refused")
+        return original(**kwargs)
+
+    trainer.vllm_generation.generate = generate
+    saved = "No optimizer step had been taken" if step == 0 else f"What was trained is in .*checkpoint-{step}"
+    message = rf"(?s)http://localhost:1 failed at step {step}: connection refused.*{saved}.*resume"
+    with pytest.raises(RuntimeError, match=message):
+        trainer.train()
+    if step > 0:
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}")
+        for a, b in zip(saved.parameters(), trainer.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+        trainer.vllm_generation.generate = original
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert trainer.state.global_step == 4
+
+
+def test_errors_of_a_colocated_engine_are_left_alone(tmp_path):
+    trainer = make_trainer(tmp_path, use_vllm=True)
+
+    def generate(*args, **kwargs):
+        raise MemoryError("out of memory")
+
+    trainer.vllm_generation.generate = generate
+    with pytest.raises(MemoryError, match=r"^out of memory$"):
+        trainer.train()
+
+
+def test_continuous_batching(tmp_path):
+    """Transformers' own sampler with a paged cache."""
+    trainer = make_trainer(tmp_path, use_transformers_continuous_batching=True, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.state.log_history[0]["projection/norm_ratio"] > 0
