@@ -195,7 +195,7 @@ class ProjectedAccumulation:
         self._step_began = False
         if self._accumulator is not None:
             self._accumulator.end()
-        self.rule.end_step([name for name, _ in self._trainable()], self._average)
+            self.rule.end_step([*self._names().values()], self._average)
 
     def pop_metrics(self) -> dict[str, float]:
         """
@@ -250,7 +250,7 @@ class ProjectedAccumulation:
             rule=rule,
             backend=self._backend,
             accumulator=self._accumulator,
-            names={param: name for name, param in self._trainable()},
+            names=self._names(),
             microbatch_size=self.microbatch_size,
             memory_budget=self.memory_budget,
             scratch=self._scratch,
@@ -261,6 +261,13 @@ class ProjectedAccumulation:
 
     def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, param) for name, param in self.model.named_parameters() if param.requires_grad)
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        names: dict[nn.Parameter, str] = {}
+        for name, param in self._trainable():
+            # FSDP shows shards or whole copies, and of a tied parameter one copy for each module
+            names.setdefault(self._backend.owner(param), name)
+        return names
 
     def _active(self, model_runs: bool) -> Microbatch | None:
         captured, running = self._captured, self._running

@@ -287,7 +287,7 @@ class Microbatch:
 
     def _request(self, leaf: nn.Parameter, param: nn.Parameter) -> Request:
         return Request(
-            name=self.engine.names.get(param, ""),
+            name=self.engine.names[param],
             param=param,
             overlaps=self.engine.rule.needs_accumulated,
             inverts_gram=self.engine.rule.inverts_gram,

@@ -34,6 +34,8 @@ class FSDPBackend(Backend):
         yield from ((fsdp_name(p), copy) for copy, p in self._of_copy.items() if copy.requires_grad)
 
     def owner(self, leaf: nn.Parameter) -> nn.Parameter:
+        if leaf in self._of_shard:
+            return leaf
         if leaf not in self._of_copy:
             self._find_copies()
         return self._of_copy[leaf].sharded_param if leaf in self._of_copy else leaf
