@@ -72,7 +72,7 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def make_layer(arguments, rows, columns, length):
+def make_layer(arguments: argparse.Namespace, rows: int, columns: int, length: int) -> Layer:
     """Factors of a linear layer's sequence gradients, what has been accumulated, and advantages."""
     generator = torch.Generator().manual_seed(0)
     randn = partial(torch.randn, generator=generator)
@@ -83,222 +83,237 @@ def make_layer(arguments, rows, columns, length):
     return OuterProducts(left, right), randn(rows, columns), randn(k)
 
 
-def coefficients(gram, overlaps, advantages):
-    """The package's solve, in float64 as there."""
-    tolerance = rank_tolerance(len(advantages), torch.float32, torch.float32)
-    gram, overlaps, advantages = gram.double(), overlaps.double(), advantages.double()
-    return solve(gram, overlaps, gram.new_ones(()), advantages, SETTINGS, tolerance).coefficients.float()
+def gram_matrix(grads: torch.Tensor) -> torch.Tensor:
+    """`grads @ grads^T` for `(k, n)`, in small pieces that are summed in float64, as the package forms it."""
+    k, n = grads.shape
+    pieces = grads.view(k, math.gcd(n, 64), -1).transpose(0, 1)
+    return torch.bmm(pieces, pieces.mT).sum(0, dtype=torch.float64)
 
 
-def own(parts, acc, advantages, out, step=None, again=False):
-    """The package's way; by chunks of `step` rows; `again`: chunks share memory, and are not there to be summed."""
+def solve(
+    gram: torch.Tensor, overlaps: torch.Tensor, advantages: torch.Tensor, precision: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The package's coefficients, in float64 as there, from products of `precision`."""
+    tolerance = rank_tolerance(gram.shape[-1], precision, precision)
+    products = InnerProducts(gram.double(), overlaps.double(), gram.new_ones(()).double(), rank_tolerance=tolerance)
+    return RULE.coefficients(products, advantages.double()).to(precision)
+
+
+def own(
+    parts: OuterProducts,
+    acc: torch.Tensor,
+    advantages: torch.Tensor,
+    out: torch.Tensor,
+    chunk_rows: int | None = None,
+    again: bool = False,
+) -> torch.Tensor:
+    """As in the package, or by chunks of rows. `again`: chunks share memory, and are not there to be summed."""
     grams, overlaps = [], []
     rows = len(acc)
-    step = rows if step is None else step
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
+    chunk_rows = rows if chunk_rows is None else chunk_rows
+    for start in range(0, rows, chunk_rows):
+        stop = min(start + chunk_rows, rows)
         grads = out[:, : stop - start] if again else out[:, start:stop]
         parts.write_rows(grads, start, stop)
-        grams.append(_gram(grads.flatten(1), torch.float64))
+        grams.append(gram_matrix(grads.flatten(1)))
         overlaps.append(grads.flatten(1) @ acc[start:stop].flatten())
-    weights = coefficients(sum(grams), sum(overlaps), advantages)
+    weights = solve(sum(grams), sum(overlaps), advantages)
     return parts.combine(weights) if again else (weights @ out.flatten(1)).view_as(acc)
 
 
-def with_acc(parts, acc, advantages, out):
+def with_acc(parts: OuterProducts, acc: torch.Tensor, advantages: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The accumulated gradient as one more row of the Gram matrix."""
     k = len(out) - 1
     parts.write_rows(out[:k], 0, len(acc))
     out[k] = acc
-    gram = _gram(out.flatten(1), torch.float64)
-    weights = coefficients(gram[:k, :k], gram[k, :k], advantages)
+    gram = gram_matrix(out.flatten(1))
+    weights = solve(gram[:k, :k], gram[k, :k], advantages)
     return (weights @ out[:k].flatten(1)).view_as(acc)
 
 
-def from_activations(parts, acc, advantages):
+def from_activations(parts: OuterProducts, acc: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     """`<s_i, s_j>` is the sum over t, u of `<g_it, g_ju> <x_it, x_ju>`; no sequence gradient is formed."""
     left, right = parts.left.flatten(0, 1), parts.right.flatten(0, 1)
     k, length, _ = parts.left.shape
     gram = ((left @ left.mT).mul_(right @ right.mT)).view(k, length, k, length).sum((1, 3))
     overlaps = ((right @ acc.mT).mul_(left)).view(k, -1).sum(1)
-    return parts.combine(coefficients(gram, overlaps, advantages))
+    return parts.combine(solve(gram, overlaps, advantages))
 
 
-def chunks(arguments):
+def assert_same(value: torch.Tensor, expected: torch.Tensor) -> None:
+    """Alternatives compute the same."""
+    torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-2)
+
+
+def chunks(arguments: argparse.Namespace) -> Iterator[Result]:
     for rows, columns in arguments.shapes:
         for length in arguments.lengths:
             layer = make_layer(arguments, rows, columns, length)
             k, row_bytes = arguments.sequences, 4 * arguments.sequences * columns
             out = torch.empty(k, rows, columns)
-            ways = {"whole": partial(own, *layer, out)}
+            functions = {"whole": partial(own, *layer, out)}
             for kib in (8192, 2048):
-                step = max(1, 1024 * kib // row_bytes)
-                if step < rows:
-                    chunk = torch.empty(k, step, columns)
-                    ways[f"{kib} KiB kept"] = partial(own, *layer, out, step)
-                    ways[f"{kib} KiB again"] = partial(own, *layer, chunk, step, True)
-            reference = ways["whole"]()
-            for function in ways.values():
-                torch.testing.assert_close(function(), reference, rtol=1e-3, atol=1e-2)
-            ways["ordinary gradient"] = partial(layer[0].combine, layer[2])
-            for name, taken in zip(ways, turns(list(ways.values()), arguments.repeats), strict=True):
-                yield {"shape": f"{rows}x{columns}", "T": length, "way": name} | taken
+                chunk_rows = max(1, 1024 * kib // row_bytes)
+                if chunk_rows < rows:
+                    chunk = torch.empty(k, chunk_rows, columns)
+                    functions[f"{kib} KiB kept"] = partial(own, *layer, out, chunk_rows)
+                    functions[f"{kib} KiB again"] = partial(own, *layer, chunk, chunk_rows, True)
+            reference = functions["whole"]()
+            for function in functions.values():
+                assert_same(function(), reference)
+            functions["ordinary gradient"] = partial(layer[0].combine, layer[2])
+            for name, taken in turns(functions, arguments.repeats).items():
+                yield {"shape": f"{rows}x{columns}", "T": length, "alternative": name} | taken
 
 
-def augmented(arguments):
+def augmented(arguments: argparse.Namespace) -> Iterator[Result]:
     for rows, columns in arguments.shapes:
         for length in arguments.lengths:
             layer = make_layer(arguments, rows, columns, length)
             out = torch.empty(arguments.sequences + 1, rows, columns)
-            ways = [partial(own, *layer, out[:-1]), partial(with_acc, *layer, out)]
-            torch.testing.assert_close(ways[1](), ways[0](), rtol=1e-3, atol=1e-2)
-            for name, taken in zip(("own", "augmented"), turns(ways, arguments.repeats), strict=True):
-                yield {"shape": f"{rows}x{columns}", "T": length, "way": name} | taken
+            functions = {"own": partial(own, *layer, out[:-1]), "augmented": partial(with_acc, *layer, out)}
+            assert_same(functions["augmented"](), functions["own"]())
+            for name, taken in turns(functions, arguments.repeats).items():
+                yield {"shape": f"{rows}x{columns}", "T": length, "alternative": name} | taken
 
 
-def activations(arguments):
+def activations(arguments: argparse.Namespace) -> Iterator[Result]:
     for rows, columns in arguments.shapes:
         for length in sorted({8, 16, 32, 64, *arguments.lengths}):
             layer = make_layer(arguments, rows, columns, length)
             k, size = arguments.sequences, rows * columns
             out = torch.empty(k, rows, columns)
-            ways = [partial(own, *layer, out), partial(from_activations, *layer)]
-            torch.testing.assert_close(ways[1](), ways[0](), rtol=1e-3, atol=1e-2)
-            flops = [
-                2 * k * length * size + 2 * k * (k + 2) * size,
-                4 * k * length * size + 2 * (k * length) ** 2 * (rows + columns),
-            ]
-            results = turns(ways, arguments.repeats)
-            for name, count, taken in zip(("own", "activations"), flops, results, strict=True):
+            functions = {"own": partial(own, *layer, out), "activations": partial(from_activations, *layer)}
+            assert_same(functions["activations"](), functions["own"]())
+            flops = {
+                "own": 2 * k * length * size + 2 * k * (k + 2) * size,
+                "activations": 4 * k * length * size + 2 * (k * length) ** 2 * (rows + columns),
+            }
+            for name, taken in turns(functions, arguments.repeats).items():
                 yield {
                     "shape": f"{rows}x{columns}",
                     "T": length,
-                    "way": name,
-                    "gflop": count / 1e9,
-                    "predicted": count / flops[0],
+                    "alternative": name,
+                    "gflop": flops[name] / 1e9,
+                    "predicted": flops[name] / flops["own"],
                 } | taken
 
 
-def solves(arguments):
+def solves(arguments: argparse.Namespace) -> Iterator[Result]:
     k = arguments.sequences
     for tensors in (11, 46, 310):  # of a layer of Qwen3, of the benchmark's model, of Qwen3-0.6B
         grads = torch.randn(tensors, k, 64, dtype=torch.float64)
         gram, overlaps, advantages = grads @ grads.mT, torch.randn(tensors, k).double(), torch.randn(k)
-        ways = [
-            lambda g=gram, b=overlaps, a=advantages: [coefficients(*one, a) for one in zip(g, b, strict=True)],
-            partial(coefficients, gram, overlaps, advantages.expand(tensors, k)),
-        ]
-        for name, taken in zip(("one by one", "together"), turns(ways, arguments.repeats), strict=True):
-            yield {"tensors": tensors, "way": name} | taken
+        functions = {
+            "one by one": lambda g=gram, b=overlaps, a=advantages: [solve(*one, a) for one in zip(g, b, strict=True)],
+            "together": partial(solve, gram, overlaps, advantages.expand(tensors, k)),
+        }
+        for name, taken in turns(functions, arguments.repeats).items():
+            yield {"tensors": tensors, "alternative": name} | taken
 
 
-def gathered(arguments):
+def gathered(arguments: argparse.Namespace) -> Iterator[Result]:
     k = arguments.sequences
     for count, shape in ((9, (512,)), (8, (64,)), (28, (16, 576)), (28, (576, 16))):
         grads = [torch.randn(k, *shape).flatten(1) for _ in range(count)]
         accs, advantages = [torch.randn_like(g[0]) for g in grads], torch.randn(k)
 
         def one_by_one(grads=grads, accs=accs, advantages=advantages):
-            return [
-                coefficients(_gram(g, torch.float64), g @ acc, advantages) @ g
-                for g, acc in zip(grads, accs, strict=True)
-            ]
+            return [solve(gram_matrix(g), g @ acc, advantages) @ g for g, acc in zip(grads, accs, strict=True)]
 
         def together(grads=grads, accs=accs, advantages=advantages):
             stacked, acc = torch.stack(grads), torch.stack(accs).unsqueeze(-1)
             overlaps = (stacked @ acc).squeeze(-1)
-            weights = coefficients(stacked @ stacked.mT, overlaps, advantages.expand_as(overlaps))
+            weights = solve(stacked @ stacked.mT, overlaps, advantages.expand_as(overlaps))
             return (weights.unsqueeze(1) @ stacked).squeeze(1)
 
-        torch.testing.assert_close(together(), torch.stack(one_by_one()), rtol=1e-3, atol=1e-2)
-        taken = turns([one_by_one, together], arguments.repeats)
-        for name, result in zip(("one by one", "together"), taken, strict=True):
-            yield {"tensors": f"{count} of {'x'.join(map(str, shape))}", "way": name} | result
+        assert_same(together(), torch.stack(one_by_one()))
+        for name, taken in turns({"one by one": one_by_one, "together": together}, arguments.repeats).items():
+            yield {"tensors": f"{count} of {'x'.join(map(str, shape))}", "alternative": name} | taken
 
 
-def shares(arguments):
-    emission = ProjectedAccumulation._emission
-    seconds = {}
-
-    def timed(self, microbatch, leaf, param):
-        start = time.perf_counter()
-        result = emission(self, microbatch, leaf, param)
-        seconds[param.numel() <= SMALL] += time.perf_counter() - start
-        return result
-
-    ProjectedAccumulation._emission = timed
+def shares(arguments: argparse.Namespace) -> Iterator[Result]:
     for lora in (None, 16):
         for length in arguments.lengths:
             trainer, microbatches = make_steps(arguments, length, lora=lora)
-            for repeats in (1, 3):  # the first step warms up
-                seconds.update({True: 0.0, False: 0.0})
-                total = sum(step_time.step(trainer, microbatches, "cpu")[0] for _ in range(repeats))
-            small = [p.numel() <= SMALL for p in trainer.model.parameters() if p.requires_grad]
-            for kind, name in ((True, "small"), (False, "large")):
+            params = [p for p in trainer.model.parameters() if p.requires_grad]
+            whole = profile_training(trainer, microbatches, params, params)
+            for name, small in (("small", True), ("large", False)):
+                trained = [p for p in params if (p.numel() <= SMALL) == small]
+                part = profile_training(trainer, microbatches, params, trained).time(EMISSION) if trained else 0.0
                 yield {
                     "trained": "LoRA" if lora else "all",
                     "T": length,
-                    "tensors": f"{small.count(kind)} {name}",
-                    "of a step": seconds[kind] / total,
+                    "tensors": f"{len(trained)} {name}",
+                    "of a step": part / whole.seconds,
                 }
-    ProjectedAccumulation._emission = emission
 
 
-def make_steps(arguments, length, budget=PROMAConfig.projection_memory_budget, lora=None):
+def profile_training(
+    trainer: PROMATrainer,
+    microbatches: Sequence[dict[str, torch.Tensor]],
+    params: Sequence[nn.Parameter],
+    trained: Sequence[nn.Parameter],
+) -> StepProfile:
+    """A profile of steps with only the `trained` ones of `params` trainable."""
+    ids = {id(param) for param in trained}
+    for param in params:
+        param.requires_grad_(id(param) in ids)
+    step(trainer, microbatches, "cpu")  # it warms up
+    return StepProfile(trainer, microbatches, 3)
+
+
+def make_steps(
+    arguments: argparse.Namespace,
+    length: int,
+    budget: float = PROMAConfig.projection_memory_budget,
+    lora: int | None = None,
+) -> tuple[PROMATrainer, list[dict[str, torch.Tensor]]]:
     """A trainer of the step-time benchmark's model, and the microbatches of a step."""
-    defaults = step_time.make_parser().parse_args(["--prompt", "0.02", "--device", "cpu"])
-    defaults.sequences, defaults.lora = arguments.sequences, lora
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = step_time.make_trainer(
-            PROMATrainer, PROMAConfig, defaults, length, folder, projection_memory_budget=budget
-        )
-    return trainer, [step_time.make_inputs(defaults, length, seed) for seed in range(defaults.microbatches)]
+    parser = make_parser("", prompt=0.02, device="cpu", sequences=arguments.sequences, lora=lora)
+    defaults = parser.parse_args([])
+    trainer = make_prepared_trainer(PROMATrainer, PROMAConfig, defaults, length, projection_memory_budget=budget)
+    return trainer, make_microbatches(defaults, length)
 
 
-def budgets(arguments):
-    mib = (512, 32, 8, 2)
+def budgets(arguments: argparse.Namespace) -> Iterator[Result]:
     for length in arguments.lengths:
-        steps = [partial(step_time.step, *make_steps(arguments, length, budget / 1024), "cpu") for budget in mib]
-        for budget, taken in zip(mib, turns(steps, min(5, arguments.repeats)), strict=True):
-            yield {"T": length, "budget MiB": budget} | taken
+        steps = {
+            mib: partial(step, *make_steps(arguments, length, budget=mib / 1024), "cpu") for mib in (512, 32, 8, 2)
+        }
+        for mib, taken in turns(steps, min(5, arguments.repeats)).items():
+            yield {"T": length, "budget MiB": mib} | taken
 
 
-def bfloat16(arguments):
+def bfloat16(arguments: argparse.Namespace) -> Iterator[Result]:
     for rows, columns in arguments.shapes:
         for length in arguments.lengths:
             parts, acc, advantages = make_layer(arguments, rows, columns, length)
             grads = torch.bmm(parts.left.double().mT, parts.right.double()).flatten(1)
             acc = (acc * grads.std()).double().flatten() + grads.mean(0)  # overlaps that are not noise
-            exact = coefficients64(grads, acc, advantages) @ grads
+            exact = solve(grads @ grads.mT, grads @ acc, advantages, torch.float64) @ grads
             policy = advantages.double() @ grads
             for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
                 # Products in float32: sums are float32's, and products of bfloat16 numbers exact
                 rounded = torch.bmm(parts.left.mT, parts.right).to(dtype).float().flatten(1)
-                gram, overlaps = _gram(rounded, torch.float64), rounded @ acc.float()
-                weights = coefficients(gram, overlaps, advantages)
+                gram, overlaps = gram_matrix(rounded), rounded @ acc.float()
+                weights = solve(gram, overlaps, advantages)
                 yield {
                     "shape": f"{rows}x{columns}",
                     "T": length,
-                    "way": name,
+                    "alternative": name,
                     "coefficients": error(weights.double() @ grads, exact),
                     "emission": error((weights @ rounded).double(), exact),
                     "removal": error(weights.double() @ grads - policy, exact - policy),
                 }
 
 
-def coefficients64(grads, acc, advantages):
-    """The same in float64 throughout."""
-    k = len(grads)
-    tolerance = rank_tolerance(k, torch.float64, torch.float64)
-    return solve(grads @ grads.mT, grads @ acc, acc @ acc, advantages.double(), SETTINGS, tolerance).coefficients
-
-
-def error(value, exact):
+def error(value: torch.Tensor, exact: torch.Tensor) -> float:
     """Relative error."""
     return ((value - exact).norm() / exact.norm()).item()
 
 
-WAYS = {
+ALTERNATIVES = {
     "chunks": chunks,
     "augmented": augmented,
     "activations": activations,
@@ -310,31 +325,34 @@ WAYS = {
 }
 
 
-def parse_shape(text):
+def parse_shape(text: str) -> tuple[int, int]:
+    """Rows and columns."""
     rows, columns = text.split("x")
     return int(rows), int(columns)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ways", nargs="*", metavar="way", help=f"any of {', '.join(WAYS)}; all without it")
+    parser.add_argument(
+        "alternatives", nargs="*", metavar="alternative", help=f"any of {', '.join(ALTERNATIVES)}; all without it"
+    )
     parser.add_argument("--shapes", type=parse_shape, nargs="+", default=[(512, 512), (1536, 512), (1024, 3072)])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512], help="tokens a sequence, T")
-    parser.add_argument("--sequences", type=int, default=8, help="sequences a microbatch, k")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512], help="tokens per sequence, T")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences per microbatch, k")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     results = []
-    for name in arguments.ways or WAYS:
+    for name in arguments.alternatives or ALTERNATIVES:
         print(name)
         header = None
-        for result in WAYS[name](arguments):
+        for result in ALTERNATIVES[name](arguments):
             if result.keys() != header:
                 header = result.keys()
                 print("".join(f"{key:>18}" for key in header))
             print("".join(f"{x:>18.3g}" if isinstance(x, float) else f"{x:>18}" for x in result.values()), flush=True)
             results.append({"weighed": name} | result)
-    step_time.write(arguments, results)
+    write(arguments, results)
 
 
 if __name__ == "__main__":

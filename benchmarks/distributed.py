@@ -12,20 +12,19 @@ the files in `recipes/accelerate`; without a GPU they run on the CPU, where ther
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import step_time
 import torch
 import torch.distributed as dist
 import yaml
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
+from common import QUIET, Stopwatch, make_inputs, make_parser, make_trainer, median_ratio, peak_resident_bytes, write
 
 from proma_trl import PROMAConfig, PROMATrainer
 
@@ -41,34 +40,43 @@ class RandomCompletions(PROMATrainer):
         return self.microbatches[self.state.global_step % len(self.microbatches)]
 
 
-class Turns(TrainerCallback):
-    """Sets the mode of every step and takes its time."""
+class Turns(Stopwatch):
+    """
+    Lets modes take turns, a step each.
 
-    def __init__(self, trainer, modes):
+    Args:
+        trainer (`PROMATrainer`): The trainer.
+        modes (`Sequence[str]`): `"none"` (REINFORCE) or a scope.
+        device (`str`): Where the model is.
+
+    Attributes:
+        bytes (`dict[str, float]`): What this rank sends, all-to-all, in a microbatch of each mode.
+    """
+
+    def __init__(self, trainer: PROMATrainer, modes: Sequence[str], device: str):
+        super().__init__(device)
         self.trainer, self.modes = trainer, modes
         self.accumulation = trainer.accumulation
-        self.seconds = {mode: [] for mode in modes}
-        self.sent = 0
-        self.bytes = {}
+        self.mode = modes[0]
+        self.sent = 0.0
+        self.bytes: dict[str, float] = {}
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        mode = self.modes[state.global_step % len(self.modes)]
-        self.trainer.accumulation = None if mode == "none" else self.accumulation
-        if mode != "none" and mode != self.accumulation.scope:
-            self.accumulation.scope, self.accumulation._scope = mode, None
-        self.sent, self.start = 0, self.now()
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.mode = self.modes[state.global_step % len(self.modes)]
+        self.trainer.accumulation = None if self.mode == "none" else self.accumulation
+        if self.mode not in ("none", self.accumulation.scope):
+            self.accumulation.detach()
+            self.accumulation.scope = self.mode
+            with self.accumulation.capture():  # starts anew now, outside of the time that is taken
+                pass
+        self.sent = 0.0
+        super().on_step_begin(args, state, control, **kwargs)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        mode = self.modes[state.global_step % len(self.modes) - 1]  # the step has been counted
-        self.seconds[mode].append(self.now() - self.start)
-        self.bytes[mode] = self.sent / args.gradient_accumulation_steps
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        self.bytes[self.mode] = self.sent / args.gradient_accumulation_steps
 
-    def now(self):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def count(self, all_to_all):
+    def count(self, all_to_all: Callable[..., Any]) -> Callable[..., Any]:
         """The same collective, counting the bytes that a rank sends."""
 
         def counted(received, sent):
@@ -78,58 +86,55 @@ class Turns(TrainerCallback):
 
         return counted
 
+    def seconds_by_mode(self) -> dict[str, list[float]]:
+        """Seconds of each mode's steps, without those of the first turn, which warms up."""
+        count = len(self.modes)
+        return {mode: self.seconds[count + i :: count] for i, mode in enumerate(self.modes)}
 
-def work(arguments):
+
+def work(arguments: argparse.Namespace) -> None:
     """What each rank runs."""
     modes = MODES if arguments.mode is None else (arguments.mode,)
     (length,) = arguments.lengths
     with tempfile.TemporaryDirectory() as folder:
-        trainer = step_time.make_trainer(
+        trainer = make_trainer(
             RandomCompletions,
             PROMAConfig,
             arguments,
             length,
             folder,
-            prepare=False,
-            projection="none" if arguments.mode == "none" else "iterative",
-            projection_scope="local" if arguments.mode is None else arguments.mode.replace("none", "local"),
+            projection="none" if arguments.mode == "none" else arguments.projection,
+            projection_scope="global" if arguments.mode == "global" else "local",
             projection_accumulator_dtype=arguments.accumulator_dtype,
             projection_memory_budget=arguments.budget,
             max_steps=len(modes) * (arguments.repeats + 1),
             optim="sgd",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
+            **QUIET,
         )
         rank = trainer.accelerator.process_index
-        trainer.microbatches = [step_time.make_inputs(arguments, length, 100 * rank + i) for i in range(4)]
-        turns = Turns(trainer, modes)
+        trainer.microbatches = [make_inputs(arguments, length, 100 * rank + i) for i in range(4)]
+        turns = Turns(trainer, modes, arguments.device)
         if arguments.mode is None:
             dist.all_to_all_single = turns.count(dist.all_to_all_single)
             trainer.add_callback(turns)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if torch.cuda.is_available():
+        before = peak_resident_bytes()
+        if arguments.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024  # Linux counts in KiB
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else peak_resident_bytes() - before
     peaks = gather_object([peak])
     if rank == 0:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
         result = {"peak_bytes": max(peaks), "bytes_a_microbatch": turns.bytes, "parameters": parameters}
         if arguments.mode is None:
-            seconds = {mode: taken[1:] for mode, taken in turns.seconds.items()}  # the first turn warms up
+            seconds = turns.seconds_by_mode()
             result["seconds"] = {mode: statistics.median(taken) for mode, taken in seconds.items()}
-            result["ratio"] = {
-                mode: statistics.median(a / b for a, b in zip(taken, seconds["none"], strict=True))
-                for mode, taken in seconds.items()
-            }
+            result["ratio"] = {mode: median_ratio(taken, seconds["none"]) for mode, taken in seconds.items()}
         print(json.dumps(result), flush=True)
     trainer.accelerator.end_training()
 
 
-def launch(arguments, backend, *extra):
+def launch(arguments: argparse.Namespace, backend: str, *extra: str) -> dict[str, Any]:
     """Starts the ranks, and returns what rank 0 reports."""
     config = yaml.safe_load((CONFIGS / f"{BACKENDS[backend]}.yaml").read_text())
     config |= {"num_processes": arguments.processes, "main_process_port": 0}
@@ -147,15 +152,15 @@ def launch(arguments, backend, *extra):
 
 
 def main() -> None:
-    parser = step_time.make_parser()
-    parser.description = __doc__
-    parser.set_defaults(lengths=[128], sequences=4, repeats=3)
+    parser = make_parser(__doc__, lengths=[128], sequences=4, repeats=3)
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["ddp", "zero1", "zero2", "zero3"])
     parser.add_argument("--accumulator-dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--processes", type=int, default=2, help="ranks")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.projection == "none":
+        parser.error("REINFORCE, which `--projection none` is, is always measured")
     if arguments.worker:
         work(arguments)
         return
@@ -181,7 +186,7 @@ def main() -> None:
                 f"{peak / 2**30:>9.3f} {timed['bytes_a_microbatch'][mode] / 1e6:>21.1f}",
                 flush=True,
             )
-    step_time.write(arguments, results)
+    write(arguments, results)
 
 
 if __name__ == "__main__":

@@ -7,43 +7,48 @@ Peak memory of PROMATrainer beside GRPOTrainer's, for the same optimizer steps a
 Each trainer has a process of its own. On a CPU the figure is the process's peak resident memory after the steps, with
 that before the first step taken off. Freed tensors go back to the system at once (by glibc's settings below), so that
 it is what was alive at one time, and not what the heap has kept. On CUDA it is the allocator's peak during a step. It
-takes the arguments of `step_time.py`.
+takes the options of `step_time.py`.
 """
 
+import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
-import tempfile
 
-import step_time
+from common import (
+    make_microbatches,
+    make_parser,
+    make_prepared_trainer,
+    peak_resident_bytes,
+    projection_settings,
+    step,
+    write,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from proma_trl import PROMAConfig, PROMATrainer
 
 
-def measure(arguments, algorithm, length):
+def measure(arguments: argparse.Namespace, length: int) -> int:
     """Peak bytes of two optimizer steps, in this process."""
-    proma = algorithm == "proma"
-    kwargs = {"projection": arguments.projection, "projection_memory_budget": arguments.budget} if proma else {}
-    classes = (PROMATrainer, PROMAConfig) if proma else (GRPOTrainer, GRPOConfig)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = step_time.make_trainer(*classes, arguments, length, folder, **kwargs)
-    microbatches = [step_time.make_inputs(arguments, length, seed) for seed in range(arguments.microbatches)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = max(step_time.step(trainer, microbatches, arguments.device)[1] for _ in range(2))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if arguments.device == "cuda" else (after - before) * 1024  # Linux counts in KiB
+    if arguments.algorithm == "proma":
+        settings = projection_settings(arguments)
+        trainer = make_prepared_trainer(PROMATrainer, PROMAConfig, arguments, length, **settings)
+    else:
+        trainer = make_prepared_trainer(GRPOTrainer, GRPOConfig, arguments, length)
+    microbatches = make_microbatches(arguments, length)
+    before = peak_resident_bytes()
+    peak = max(step(trainer, microbatches, arguments.device)[1] for _ in range(2))
+    return peak if arguments.device == "cuda" else peak_resident_bytes() - before
 
 
 def main() -> None:
-    parser = step_time.make_parser()
-    parser.description = __doc__
+    parser = make_parser(__doc__)
     parser.add_argument("--algorithm", choices=["grpo", "proma"], help="measure only this, in this process")
     arguments = parser.parse_args()
     if arguments.algorithm is not None:
-        print(json.dumps({str(n): measure(arguments, arguments.algorithm, n) for n in arguments.lengths}))
+        print(json.dumps({str(length): measure(arguments, length) for length in arguments.lengths}))
         return
 
     results = []
@@ -54,12 +59,11 @@ def main() -> None:
             command = [sys.executable, *sys.argv, "--lengths", str(length), "--algorithm", algorithm]
             environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
             run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-            output = run.stdout
-            peaks[algorithm] = json.loads(output.splitlines()[-1])[str(length)]
+            peaks[algorithm] = json.loads(run.stdout.splitlines()[-1])[str(length)]
         grpo, proma = peaks["grpo"], peaks["proma"]
         results.append({"length": length, "grpo_peak_bytes": grpo, "proma_peak_bytes": proma})
         print(f"{length:>6} {grpo / 2**30:>9.3f} {proma / 2**30:>9.3f} {proma / grpo:>7.3f}", flush=True)
-    step_time.write(arguments, results)
+    write(arguments, results)
 
 
 if __name__ == "__main__":

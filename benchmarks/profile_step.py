@@ -3,63 +3,66 @@ Where the time of PROMATrainer's optimizer step goes beyond an ordinary one.
 
     python benchmarks/profile_step.py --lengths 256 --prompt 0.02
 
-Times the parts of the projection on a CPU, where they run one after another, and gives them as parts of the step. It
-takes the arguments of `step_time.py`.
+Profiles whole steps on a CPU, where all parts run one after another, and gives the parts' shares of the time. It takes
+the options of `step_time.py`, other than `--output`.
 """
 
-import functools
-import tempfile
-import time
-from collections import defaultdict
+from common import StepProfile, make_microbatches, make_parser, make_prepared_trainer, projection_settings, step
 
-import step_time
-
-import proma_trl.accumulation as accumulation
 from proma_trl import PROMAConfig, PROMATrainer
-from proma_trl.accumulation import ProjectedAccumulation
-from proma_trl.sequence_grads.fused_head import _SequenceLogProbs
 
-PARTS = {
-    "sequence gradients": (ProjectedAccumulation, "_dense"),
-    "Gram matrices": (accumulation, "_gram"),
-    "coefficients": (accumulation, "solve"),
-    "first microbatch's gradients": (accumulation, "_combine"),
-    "all of the projection": (ProjectedAccumulation, "_emission"),
-    "the head's backward pass, with its projection": (_SequenceLogProbs, "backward"),
-}
+# Functions of the package: file and name
+EMISSION = ("accumulation/microbatch.py", "_emit")
+METRICS = ("accumulation/microbatch.py", "metrics")
+INNER_PRODUCTS = ("accumulation/accumulators.py", "inner_products")
+GRAM = ("accumulation/accumulators.py", "_gram")
+COEFFICIENTS = ("rules/proma.py", "coefficients")
+ROWS = ("sequence_grads/tensor.py", "rows")
+COMBINE = ("sequence_grads/tensor.py", "combine")
+ORDINARY = tuple(
+    (file, name)
+    for file in ("sequence_grads/forms.py", "trainer/fused_head.py")
+    for name in ("combine", "add_combined")
+)
+HEAD = ("trainer/fused_head.py", "backward")
 
 
-def timed(function, seconds, name):
-    """The same function, adding up the time that it takes."""
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        seconds[name] += time.perf_counter() - start
-        return result
-
-    return wrapper
+def parts(profile: StepProfile) -> dict[str, float]:
+    """Seconds of each part. The indented ones add up to all of the update rule's work."""
+    everything = profile.time(EMISSION)
+    rows, gram = profile.time(ROWS), profile.time(GRAM)
+    products, coefficients = profile.time(INNER_PRODUCTS), profile.time(COEFFICIENTS, caller=EMISSION)
+    combine = profile.time(COMBINE)
+    # Where sequence gradients are not held, `sum_i c_i s_i` comes from one product, as in an ordinary backward pass
+    ordinary = profile.time(*ORDINARY, caller=COMBINE)
+    return {
+        "all of the update rule's work": everything,
+        "  sequence gradients": rows,
+        "  first microbatch's gradients": ordinary,
+        "  Gram matrices": gram,
+        "  coefficients": coefficients,
+        "  overlaps and norm": products - rows - gram,
+        "  weighted sum": combine - ordinary,
+        "  bookkeeping": everything - products - coefficients - combine,
+        "what the rule logs": profile.time(METRICS),
+        "the head's backward pass, with its projection": profile.time(HEAD),
+    }
 
 
 def main() -> None:
-    parser = step_time.make_parser()
-    parser.description = __doc__
+    parser = make_parser(__doc__, device="cpu")
     arguments = parser.parse_args()
-    seconds = defaultdict(float)
-    for name, (owner, function) in PARTS.items():
-        wrapped = timed(getattr(owner, function), seconds, name)
-        setattr(owner, function, staticmethod(wrapped) if owner is _SequenceLogProbs else wrapped)
+    if arguments.device != "cpu":
+        parser.error("only on a CPU does the backward pass run in the thread that is profiled")
     for length in arguments.lengths:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = step_time.make_trainer(PROMATrainer, PROMAConfig, arguments, length, folder)
-        microbatches = [step_time.make_inputs(arguments, length, seed) for seed in range(arguments.microbatches)]
-        step_time.step(trainer, microbatches, "cpu")
-        seconds.clear()
-        total = sum(step_time.step(trainer, microbatches, "cpu")[0] for _ in range(arguments.repeats))
-        print(f"T = {length}: {total / arguments.repeats:.3f} s a step")
-        for name in PARTS:
-            print(f"  {seconds[name] / total:>6.1%}  {name}")
+        settings = projection_settings(arguments)
+        trainer = make_prepared_trainer(PROMATrainer, PROMAConfig, arguments, length, **settings)
+        microbatches = make_microbatches(arguments, length)
+        step(trainer, microbatches, "cpu")
+        profile = StepProfile(trainer, microbatches, arguments.repeats)
+        print(f"T = {length}: {profile.seconds / arguments.repeats:.3f} s a step")
+        for name, seconds in parts(profile).items():
+            print(f"  {seconds / profile.seconds:>6.1%}  {name}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,279 @@
+"""What the benchmarks share: models, inputs, timed and profiled steps, options, and the files they write."""
+
+import argparse
+import cProfile
+import json
+import pstats
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+import proma_trl
+from proma_trl import PROMAConfig
+
+# Settings of trainers that neither log nor save
+QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+
+T = TypeVar("T")
+
+
+def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The options that benchmarks of whole steps share, with other `defaults` where these are given."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512], help="tokens per sequence, T")
+    parser.add_argument("--prompt", type=float, default=0.5, help="the prompt's part of the tokens")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences per microbatch, k")
+    parser.add_argument("--microbatches", type=int, default=4, help="microbatches per optimizer step")
+    parser.add_argument("--projection", default="iterative", choices=["iterative", "exact", "none"])
+    parser.add_argument("--budget", type=float, default=PROMAConfig.projection_memory_budget, help="GiB")
+    parser.add_argument(
+        "--lora", type=int, help="rank of LoRA adapters on all linear layers; all parameters without it"
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def projection_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `PROMAConfig` that are options."""
+    return {"projection": arguments.projection, "projection_memory_budget": arguments.budget}
+
+
+def make_trainer(
+    trainer_class: type[GRPOTrainer],
+    config_class: type[GRPOConfig],
+    arguments: argparse.Namespace,
+    length: int,
+    folder: str,
+    **settings: Any,
+) -> GRPOTrainer:
+    """A trainer of a random Qwen3 with a tied embedding, ready for `train()`."""
+    vocabulary = {f"token{i}": i for i in range(8)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="token2")),
+        pad_token="token0",
+        eos_token="token1",
+        unk_token="token2",
+    )
+    torch.manual_seed(0)
+    heads = arguments.hidden // 64
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=arguments.vocabulary,
+            hidden_size=arguments.hidden,
+            intermediate_size=3 * arguments.hidden,
+            num_hidden_layers=arguments.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+            head_dim=64,
+            tie_word_embeddings=True,
+        )
+    )
+    args = config_class(
+        folder,
+        per_device_train_batch_size=arguments.sequences,
+        gradient_accumulation_steps=arguments.microbatches,
+        num_generations=arguments.sequences,
+        max_completion_length=length,
+        gradient_checkpointing=arguments.checkpointing,
+        bf16=arguments.bf16,
+        use_cpu=arguments.device == "cpu",
+        learning_rate=1e-5,
+        report_to="none",
+        **settings,
+    )
+    return trainer_class(
+        model,
+        lambda completions, **_: [0.0] * len(completions),
+        args,
+        Dataset.from_dict({"prompt": ["token3"] * 8}),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=arguments.lora, target_modules="all-linear") if arguments.lora else None,
+    )
+
+
+def make_prepared_trainer(
+    trainer_class: type[GRPOTrainer],
+    config_class: type[GRPOConfig],
+    arguments: argparse.Namespace,
+    length: int,
+    **settings: Any,
+) -> GRPOTrainer:
+    """The same, ready for `step` instead."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(trainer_class, config_class, arguments, length, folder, **settings)
+    trainer.create_optimizer()
+    trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.current_gradient_accumulation_steps = arguments.microbatches
+    trainer.model.train()
+    return trainer
+
+
+def make_inputs(arguments: argparse.Namespace, length: int, seed: int) -> dict[str, torch.Tensor]:
+    """A microbatch as TRL's loss takes it: a prompt, and a completion that ends anywhere in its second half."""
+    generator = torch.Generator().manual_seed(seed)
+    k, prompt = arguments.sequences, max(1, round(arguments.prompt * length))
+    completion = length - prompt
+    ids = torch.randint(3, arguments.vocabulary, (k, length), generator=generator)
+    ends = torch.randint(completion // 2, completion + 1, (k, 1), generator=generator)
+    mask = (torch.arange(completion) < ends).long()
+    inputs = {
+        "prompt_ids": ids[:, :prompt],
+        "prompt_mask": torch.ones(k, prompt, dtype=torch.long),
+        "completion_ids": ids[:, prompt:],
+        "completion_mask": mask,
+        "advantages": torch.randn(k, generator=generator),
+        "num_items_in_batch": mask.sum() * arguments.microbatches,
+    }
+    return {name: value.to(arguments.device) for name, value in inputs.items()}
+
+
+def make_microbatches(arguments: argparse.Namespace, length: int) -> list[dict[str, torch.Tensor]]:
+    """The microbatches of an optimizer step."""
+    return [make_inputs(arguments, length, seed) for seed in range(arguments.microbatches)]
+
+
+def clock(device: str) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def step(trainer: GRPOTrainer, microbatches: Sequence[dict[str, torch.Tensor]], device: str) -> tuple[float, int]:
+    """Seconds of one optimizer step, and the peak of memory on CUDA in bytes."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = clock(device)
+    for inputs in microbatches:
+        loss = trainer.compute_loss(trainer.model, inputs)
+        trainer.accelerator.backward(loss)
+    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    elapsed = clock(device) - start
+    trainer._metrics["train"].clear()
+    return elapsed, torch.cuda.max_memory_allocated() if device == "cuda" else 0
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+class Stopwatch(TrainerCallback):
+    """
+    Seconds of each optimizer step of `train()`, what the callbacks before this one do at its end included.
+
+    Args:
+        device (`str`): Where the model is.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        self.seconds: list[float] = []
+        self.start = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.start = clock(self.device)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.seconds.append(clock(self.device) - self.start)
+
+
+class StepProfile:
+    """
+    Where the time of optimizer steps goes on a CPU. There, the backward pass runs in the calling thread, which is the
+    only one that a profile sees.
+
+    Args:
+        trainer (`GRPOTrainer`): A prepared trainer, which has made a step before.
+        microbatches (`Sequence[dict]`): The microbatches of a step.
+        repeats (`int`): Number of steps.
+
+    Attributes:
+        seconds (`float`): Time of all the steps.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, microbatches: Sequence[dict[str, torch.Tensor]], repeats: int):
+        profile = cProfile.Profile(builtins=False)
+        self.seconds = 0.0
+        for _ in range(repeats):
+            profile.enable()
+            elapsed, _ = step(trainer, microbatches, "cpu")
+            profile.disable()
+            self.seconds += elapsed
+        self.functions: Mapping[tuple[str, int, str], tuple] = pstats.Stats(profile).stats
+
+    def time(self, *functions: tuple[str, str], caller: tuple[str, str] | None = None) -> float:
+        """
+        Seconds within functions of the package, with all that they call.
+
+        Args:
+            functions (`tuple[str, str]`): File, relative to the package, and name. Where one calls another, or itself,
+                the time counts once.
+            caller (`tuple[str, str]`, *optional*): Only calls by this function count.
+
+        Raises:
+            LookupError: If a file has no such function.
+        """
+        wanted = {self._find(*function) for function in functions}
+        callers = None if caller is None else {self._find(*caller)}
+        total = 0.0
+        for (file, _, name), (*_, called_by) in self.functions.items():
+            if (file, name) in wanted:
+                for (caller_file, _, caller_name), (*_, seconds) in called_by.items():
+                    key = (caller_file, caller_name)
+                    if key not in wanted if callers is None else key in callers:
+                        total += seconds
+        return total
+
+    def _find(self, file: str, name: str) -> tuple[str, str]:
+        path = Path(proma_trl.__file__).parent / file
+        if f"def {name}(" not in path.read_text():
+            raise LookupError(f"{path} has no function `{name}`.")
+        return str(path), name
+
+
+def take_turns(functions: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
+    """What each of the functions returns in `repeats` turns, after a turn that warms up."""
+    results: dict[str, list[T]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            result = function()
+            if repeat > 0:
+                results[name].append(result)
+    return results
+
+
+def median_ratio(taken: Sequence[float], reference: Sequence[float]) -> float:
+    """Median over turns of the ratio to the reference's time."""
+    return statistics.median(a / b for a, b in zip(taken, reference, strict=True))
+
+
+def write(arguments: argparse.Namespace, results: list[dict]) -> None:
+    """Write settings, environment and results to `arguments.output`, if it is set."""
+    if arguments.output is not None:
+        settings = {key: value for key, value in vars(arguments).items() if key != "output"}
+        environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        arguments.output.write_text(
+            json.dumps({"settings": settings, "environment": environment, "results": results}, indent=2) + "\n"
+        )
