@@ -41,6 +41,7 @@ ALGORITHMS = {
     "iterative": "--algorithm proma --projection iterative",
     "exact": "--algorithm proma --projection exact",
     "unbounded": "--algorithm proma --projection_bound inf",
+    "isopo": "--algorithm isopo",
 }
 
 

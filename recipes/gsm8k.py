@@ -31,7 +31,7 @@ from proma_trl.tools.policy_metrics import PolicyMetrics
 from proma_trl.tools.rewards import accuracy_reward, format_reward
 from proma_trl.trainer.model_card import FIGURE, CardDataset, ModelCardMixin
 
-Algorithm = Literal["proma", "reinforce", "grpo"]
+Algorithm = Literal["proma", "isopo", "reinforce", "grpo"]
 
 
 @dataclass
@@ -41,8 +41,9 @@ class GSM8KArguments:
     algorithm: Algorithm = field(
         default="proma",
         metadata={
-            "help": "How policy gradients become updates: `proma`; `reinforce`, which is PROMA without its "
-            "projection; or `grpo`, TRL's own GRPOTrainer with its clipping, which ignores the projection's settings."
+            "help": "How policy gradients become updates: `proma`, with ISOPO before it where `isopo` is set; `isopo` "
+            "alone, `natural` unless `isopo` is set; `reinforce`, which is neither; or `grpo`, TRL's own GRPOTrainer "
+            "with its clipping, which ignores the settings of both."
         },
     )
     dataset_name: str = field(
@@ -175,8 +176,12 @@ def main(arguments: list[str]) -> None:
     """Parses the options, trains, and saves what the run leaves behind."""
     algorithm = choose_algorithm(arguments)
     args, training_args, model_args, *_ = make_parser(algorithm).parse_args_and_config(arguments)
-    if algorithm == "reinforce":
+    if algorithm in ("isopo", "reinforce"):
         training_args.projection = "none"
+    if algorithm == "reinforce":
+        training_args.isopo = "none"
+    elif algorithm == "isopo" and training_args.isopo == "none":
+        training_args.isopo = "natural"
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set. Set it to a model on the Hugging Face Hub or a local folder.")
     if training_args.reward_weights is not None:

@@ -7,11 +7,15 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ..rules import PROMA, UpdateRule
+from ..rules import PROMA, Chain, UpdateRule
+from ..rules.isopo import ISOPO
 from ..validation import check_choice, check_real, check_whole
 
 # What makes a run REINFORCE, which needs no sequence gradients
-REINFORCE_SETTINGS = '`projection="none"`'
+REINFORCE_SETTINGS = '`projection="none"` and `isopo="none"`'
+
+# Settings of the projection that ISOPO uses, too
+_ALSO_ISOPO = ("projection_memory_budget", "projection_scope", "projection_accumulator_dtype")
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
@@ -75,6 +79,14 @@ class PROMAConfig(GRPOConfig):
         projection_accumulator_dtype (`str`, *optional*, defaults to `"float32"`):
             `"float32"` or `"bfloat16"`: what each rank keeps its own accumulated gradient in under ZeRO-2 and ZeRO-3
             with a local scope, where DeepSpeed keeps only a shard of the average over ranks.
+        isopo (`str`, *optional*, defaults to `"none"`):
+            Transforms the advantages tensor by tensor before the projection, as in
+            [ISOPO](https://huggingface.co/papers/2512.23353). `"natural"`: an approximate natural gradient, by the
+            regularized inverse of the sequences' Gram matrix. `"norm"`: sequences with a long gradient are shrunk.
+            `"fisher"`: the same with lengths in the Fisher metric. With `projection="none"`, this is ISOPO alone.
+        isopo_regularization (`float`, *optional*, defaults to `1.0`):
+            Regularization of `isopo`, as a multiple of the running mean of squared gradient lengths. The larger, the
+            closer to no transformation.
     """
 
     gradient_accumulation_steps: int = field(
@@ -132,6 +144,22 @@ class PROMAConfig(GRPOConfig):
             "choices": ["float32", "bfloat16"],
         },
     )
+    isopo: str = field(
+        default="none",
+        metadata={
+            "help": "Transforms the advantages tensor by tensor before the projection. `'natural'`: an approximate "
+            "natural gradient. `'norm'`: sequences with a long gradient are shrunk. `'fisher'`: the same with lengths "
+            "in the Fisher metric. With `projection='none'`, this is ISOPO alone.",
+            "choices": ["none", "natural", "norm", "fisher"],
+        },
+    )
+    isopo_regularization: float = field(
+        default=1.0,
+        metadata={
+            "help": "Regularization of `isopo`, as a multiple of the running mean of squared gradient lengths. The "
+            "larger, the closer to no transformation."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.projection_bound, float) and self.projection_bound == math.inf:
@@ -143,7 +171,7 @@ class PROMAConfig(GRPOConfig):
         self._refuse_unused()
 
     def _check_projection(self) -> None:
-        for name in ("projection", "projection_scope", "projection_accumulator_dtype"):
+        for name in ("projection", "projection_scope", "projection_accumulator_dtype", "isopo"):
             check_choice(name, getattr(self, name), self.__dataclass_fields__[name].metadata["choices"])
         self.projection_sweeps = check_whole(
             "projection_sweeps", self.projection_sweeps, 'To remove nothing, set `projection="none"`.'
@@ -164,10 +192,21 @@ class PROMAConfig(GRPOConfig):
             "a positive, finite number of GiB",
             low=sys.float_info.min,
         )
+        self.isopo_regularization = check_real(
+            "isopo_regularization",
+            self.isopo_regularization,
+            "a positive, finite number",
+            low=sys.float_info.min,
+            way_out='To transform nothing, set `isopo="none"`.',
+        )
 
     def update_rule(self) -> UpdateRule:
         """The update rule that these settings describe."""
-        return self.projection_settings()
+        projection = self.projection_settings()
+        if self.isopo == "none":
+            return projection
+        isopo = ISOPO(self.isopo, self.isopo_regularization)
+        return Chain(isopo, projection) if projection.removes else isopo
 
     def projection_settings(self) -> PROMA:
         """The projection that these settings describe."""
@@ -180,46 +219,59 @@ class PROMAConfig(GRPOConfig):
 
     def rule_settings(self) -> list[str]:
         """Names of the settings that make a run what it is, for its model card."""
-        rule = self.update_rule()
-        if rule.is_plain:
-            return [name for name in ("projection",) if not self._acts(name)]
-        if self.gradient_accumulation_steps == 1 and rule.without_accumulated().is_plain:
-            return []
-        return [name for name in vars(self) if name.startswith("projection")]
+        shown = [name for name in vars(self) if self.isopo != "none" and name.startswith("isopo")]
+        if self.projection == "none":
+            return ["projection", *shown]
+        if self._projects():
+            return [*(name for name in vars(self) if name.startswith("projection")), *shown]
+        return shown
 
     def settings_without_effect(self) -> list[str]:
         """Returns a sentence for each setting that was set and has no effect beside the others."""
-        changed = self.changed_settings()
-        if not self.projection_settings().removes:
-            off = next(n for n in ("projection", "projection_strength", "projection_bound") if not self._acts(n))
-            return [
-                f"`{name}={getattr(self, name)!r}` has no effect: `{off}={getattr(self, off)!r}` removes nothing, "
-                "which is REINFORCE."
-                for name in changed
-                if name not in ("projection", off)
-            ]
         messages = []
-        if self.gradient_accumulation_steps == 1:
+        changed, projection = self.changed_settings(), self.projection_settings()
+        others = [name for name in changed if name.startswith("projection")]
+        if not projection.removes:
+            off = next(n for n in ("projection", "projection_strength", "projection_bound") if not self._acts(n))
+            what = "removes nothing" if self.isopo != "none" else "removes nothing, which is REINFORCE"
+            used = _ALSO_ISOPO if self.isopo != "none" else ()
+            messages += [
+                f"`{name}={getattr(self, name)!r}` has no effect: `{off}={getattr(self, off)!r}` {what}."
+                for name in others
+                if name not in ("projection", off, *used)
+            ]
+        elif not self._projects():
             messages.append(
                 f"`projection={self.projection!r}` has no effect with `gradient_accumulation_steps=1`: PROMA projects "
                 "what earlier microbatches of an optimizer step have accumulated, and there are none, so that this "
-                "run is REINFORCE. Set `gradient_accumulation_steps` to 4 or more (the default is 16), with a smaller "
-                "`per_device_train_batch_size` if the batch is to stay the same."
+                f"run is {self.update_rule().without_accumulated().name}. Set `gradient_accumulation_steps` to 4 or "
+                "more (the default is 16), with a smaller `per_device_train_batch_size` if the batch is to stay the "
+                "same."
             )
-        if self.projection != "iterative" and "projection_sweeps" in changed:
+        if projection.removes and self.projection != "iterative" and "projection_sweeps" in changed:
             messages.append(
                 f"`projection_sweeps={self.projection_sweeps}` has no effect with `projection={self.projection!r}`: "
                 'only `projection="iterative"` makes sweeps.'
+            )
+        if self.isopo == "none" and "isopo_regularization" in changed:
+            messages.append(
+                f'`isopo_regularization={self.isopo_regularization}` has no effect with `isopo="none"`, which '
+                "transforms nothing."
             )
         return messages
 
     def changed_settings(self) -> list[str]:
         """Names of the update rule's settings that differ from their defaults."""
         fields = self.__dataclass_fields__
-        return [n for n, f in fields.items() if n.startswith("projection") and getattr(self, n) != f.default]
+        return [
+            n for n, f in fields.items() if n.startswith(("projection", "isopo")) and getattr(self, n) != f.default
+        ]
 
     def _acts(self, name: str) -> bool:
         return getattr(self, name) not in ("none", 0)
+
+    def _projects(self) -> bool:
+        return self.projection_settings().removes and self.gradient_accumulation_steps > 1
 
     def _refuse_unused(self) -> None:
         if self.loss_type not in LOSS_TYPES:

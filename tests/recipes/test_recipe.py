@@ -177,7 +177,7 @@ def test_help_is_complete():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--algorithm", "ppo"], "--algorithm: 'ppo' is none of proma, reinforce, grpo"),
+        (["--algorithm", "ppo"], "--algorithm: 'ppo' is none of proma, isopo, reinforce, grpo"),
         (["--config", "nowhere.yaml"], "--config: there is no file 'nowhere.yaml'"),
     ],
 )

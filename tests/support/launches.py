@@ -126,8 +126,11 @@ def assert_the_definitions(case, folder, tolerance=1e-5, **settings):
     model = initial_model(case, folder)
     found, total = change(case, folder, model), {}
     model.double()
+    isopo = oracle.Isopo(case["args"]["isopo"]) if "isopo" in case["args"] else None
     for ranks in steps(folder):
-        grads = wanted(case, folder, model, ranks, **settings)
+        grads = wanted(case, folder, model, ranks, weigh=isopo, **settings)
+        if isopo is not None:
+            isopo.end_step()
         with torch.no_grad():
             for name, grad in grads.items():
                 model.get_parameter(name).sub_(case["args"]["learning_rate"] * grad)
@@ -154,6 +157,8 @@ SHORT = {
     "num_generations": 4,
     "learning_rate": 1.0,
 }
+# Running means of the first step enter the second
+TWO_STEPS = {"max_steps": 2, "learning_rate": 10.0}
 CASES = {
     f"{model}{'-lora' if lora else ''}-{scope}{suffix}": {
         "model": model,
@@ -172,6 +177,9 @@ CASES = {
         ("llama-untied", False, "-clipped", {"max_grad_norm": 0.1}),
         ("llama-untied", False, "-short", SHORT),
         ("llama-untied", False, "-budget", {"projection_memory_budget": 1e-5, "projection": "exact"}),
+        ("qwen3-tied", False, "-isopo", {"isopo": "natural", **TWO_STEPS}),
+        ("qwen3-tied", True, "-isopo", {"isopo": "fisher", **TWO_STEPS, "learning_rate": 1.0}),
+        ("llama-untied", False, "-isopo-alone", {"isopo": "norm", "projection": "none", **TWO_STEPS}),
     )
 }
 BACKENDS = {

@@ -72,6 +72,43 @@ def accumulate(
     return accumulated
 
 
+class Isopo:
+    """
+    ISOPO's coefficients, for `weigh` of [`accumulate`], in the optimizer steps of a run.
+
+    `end_step` comes after all microbatches, of all ranks, of a step.
+    """
+
+    def __init__(self, method: str, regularization: float = 1.0):
+        self.method, self.regularization = method, regularization
+        self.means: dict[str, float] = {}
+        self.values: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, sequences: list[torch.Tensor], advantages: torch.Tensor) -> torch.Tensor:
+        k = len(sequences)
+        gram = torch.tensor([[float(s @ t) for t in sequences] for s in sequences], dtype=torch.float64)
+        lengths = [float(gram[i, i]) for i in range(k)]
+        total = sum(lengths)
+        if self.method == "fisher" and total > 0:
+            lengths = [sum(float(gram[i, j]) ** 2 for j in range(k)) / total for i in range(k)]
+        own = sum(lengths) / k
+        self.values.setdefault(name, []).append(own)
+        ridge = self.regularization * (self.means.get(name) or own)
+        if ridge == 0:
+            return advantages
+        if self.method == "natural":
+            return ridge * torch.linalg.inv(gram + ridge * torch.eye(k)) @ advantages
+        return torch.stack([a / (x / ridge + 1) ** 0.5 for a, x in zip(advantages, lengths, strict=True)])
+
+    def end_step(self) -> None:
+        """Moves the running means."""
+        for name, values in self.values.items():
+            new = sum(values) / len(values)
+            kept = self.means.get(name)
+            self.means[name] = 0.9 * kept + 0.1 * new if kept else new
+        self.values.clear()
+
+
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5):
     """
     Every tensor within `tolerance` of the expected one's norm. Tensors whose gradient is zero in exact arithmetic (the
