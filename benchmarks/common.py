@@ -25,6 +25,9 @@ from proma_trl import PROMAConfig
 # Settings of trainers that neither log nor save
 QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
+# As in recipes/gsm8k.py
+ALGORITHMS = ("proma", "proma_intra", "proma_both")
+
 T = TypeVar("T")
 
 
@@ -38,7 +41,11 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=float, default=0.5, help="the prompt's part of the tokens")
     parser.add_argument("--sequences", type=int, default=8, help="sequences per microbatch, k")
     parser.add_argument("--microbatches", type=int, default=4, help="microbatches per optimizer step")
+    parser.add_argument(
+        "--algorithm", nargs="+", default=["proma"], choices=ALGORITHMS, help="what is measured beside GRPO"
+    )
     parser.add_argument("--projection", default="iterative", choices=["iterative", "exact", "none"])
+    parser.add_argument("--intra-dim", type=int, default=10, help="dimension of Intra-PROMA's subspaces")
     parser.add_argument("--budget", type=float, default=PROMAConfig.projection_memory_budget, help="GiB")
     parser.add_argument(
         "--lora", type=int, help="rank of LoRA adapters on all linear layers; all parameters without it"
@@ -52,9 +59,13 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def projection_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings of `PROMAConfig` that are options."""
-    return {"projection": arguments.projection, "projection_memory_budget": arguments.budget}
+def method_settings(arguments: argparse.Namespace, algorithm: str) -> dict[str, Any]:
+    """The settings of `PROMAConfig` that make an algorithm what the options say of it."""
+    return {
+        "projection": "none" if algorithm == "proma_intra" else arguments.projection,
+        "projection_memory_budget": arguments.budget,
+        "intra_dim": 0 if algorithm == "proma" else arguments.intra_dim,
+    }
 
 
 def make_trainer(
@@ -163,7 +174,8 @@ def step(trainer: GRPOTrainer, microbatches: Sequence[dict[str, torch.Tensor]], 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = clock(device)
-    for inputs in microbatches:
+    for i, inputs in enumerate(microbatches):
+        trainer.accelerator.gradient_state._set_sync_gradients(i == len(microbatches) - 1)
         loss = trainer.compute_loss(trainer.model, inputs)
         trainer.accelerator.backward(loss)
     trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)

@@ -17,11 +17,12 @@ import subprocess
 import sys
 
 from common import (
+    ALGORITHMS,
     make_microbatches,
     make_parser,
     make_prepared_trainer,
+    method_settings,
     peak_resident_bytes,
-    projection_settings,
     step,
     write,
 )
@@ -31,12 +32,12 @@ from proma_trl import PROMAConfig, PROMATrainer
 
 
 def measure(arguments: argparse.Namespace, length: int) -> int:
-    """Peak bytes of two optimizer steps, in this process."""
-    if arguments.algorithm == "proma":
-        settings = projection_settings(arguments)
-        trainer = make_prepared_trainer(PROMATrainer, PROMAConfig, arguments, length, **settings)
-    else:
+    """Peak bytes of two optimizer steps of `arguments.worker`, in this process."""
+    if arguments.worker == "grpo":
         trainer = make_prepared_trainer(GRPOTrainer, GRPOConfig, arguments, length)
+    else:
+        settings = method_settings(arguments, arguments.worker)
+        trainer = make_prepared_trainer(PROMATrainer, PROMAConfig, arguments, length, **settings)
     microbatches = make_microbatches(arguments, length)
     before = peak_resident_bytes()
     peak = max(step(trainer, microbatches, arguments.device)[1] for _ in range(2))
@@ -45,24 +46,24 @@ def measure(arguments: argparse.Namespace, length: int) -> int:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--algorithm", choices=["grpo", "proma"], help="measure only this, in this process")
+    parser.add_argument("--worker", choices=["grpo", *ALGORITHMS], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.algorithm is not None:
+    if arguments.worker is not None:
         print(json.dumps({str(length): measure(arguments, length) for length in arguments.lengths}))
         return
 
     results = []
-    print(f"{'T':>6} {'GRPO GiB':>9} {'PROMA GiB':>9} {'ratio':>7}")
+    print(f"{'T':>6} {'algorithm':>12} {'GiB':>9} {'ratio':>7}")
     for length in arguments.lengths:
         peaks = {}
-        for algorithm in ("grpo", "proma"):
-            command = [sys.executable, *sys.argv, "--lengths", str(length), "--algorithm", algorithm]
+        for algorithm in ("grpo", *arguments.algorithm):
+            command = [sys.executable, *sys.argv, "--lengths", str(length), "--worker", algorithm]
             environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
             run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             peaks[algorithm] = json.loads(run.stdout.splitlines()[-1])[str(length)]
-        grpo, proma = peaks["grpo"], peaks["proma"]
-        results.append({"length": length, "grpo_peak_bytes": grpo, "proma_peak_bytes": proma})
-        print(f"{length:>6} {grpo / 2**30:>9.3f} {proma / 2**30:>9.3f} {proma / grpo:>7.3f}", flush=True)
+            ratio = peaks[algorithm] / peaks["grpo"]
+            results.append({"length": length, "algorithm": algorithm, "peak_bytes": peaks[algorithm], "ratio": ratio})
+            print(f"{length:>6} {algorithm:>12} {peaks[algorithm] / 2**30:>9.3f} {ratio:>7.3f}", flush=True)
     write(arguments, results)
 
 

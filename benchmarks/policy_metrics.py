@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from typing import Any
 
-from common import QUIET, Stopwatch, make_parser, make_trainer, median_ratio, projection_settings, write
+from common import QUIET, Stopwatch, make_parser, make_trainer, median_ratio, method_settings, write
 
 from proma_trl import PROMAConfig, PROMATrainer
 from proma_trl.tools.policy_metrics import PolicyMetrics
@@ -29,7 +29,7 @@ MEASUREMENTS = {
 
 def measure(arguments: argparse.Namespace, length: int, options: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Seconds of steps without and with a measurement, in the order of the run, without those that warm up."""
-    settings = projection_settings(arguments) | QUIET | {"max_steps": 2 + 2 * arguments.repeats}
+    settings = method_settings(arguments, "proma") | QUIET | {"max_steps": 2 + 2 * arguments.repeats}
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(PROMATrainer, PROMAConfig, arguments, length, folder, **settings)
         stopwatch = Stopwatch(arguments.device)

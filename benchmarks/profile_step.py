@@ -7,7 +7,7 @@ Profiles whole steps on a CPU, where all parts run one after another, and gives 
 the options of `step_time.py`, other than `--output`.
 """
 
-from common import StepProfile, make_microbatches, make_parser, make_prepared_trainer, projection_settings, step
+from common import StepProfile, make_microbatches, make_parser, make_prepared_trainer, method_settings, step
 
 from proma_trl import PROMAConfig, PROMATrainer
 
@@ -55,7 +55,7 @@ def main() -> None:
     if arguments.device != "cpu":
         parser.error("only on a CPU does the backward pass run in the thread that is profiled")
     for length in arguments.lengths:
-        settings = projection_settings(arguments)
+        settings = method_settings(arguments, "proma")
         trainer = make_prepared_trainer(PROMATrainer, PROMAConfig, arguments, length, **settings)
         microbatches = make_microbatches(arguments, length)
         step(trainer, microbatches, "cpu")

@@ -13,6 +13,7 @@ from ._moved import MovedModules
 
 if TYPE_CHECKING:
     from .accumulation import ProjectedAccumulation
+    from .intra import IntraPROMA
     from .rules import PROMA, REINFORCE, Chain, InnerProducts, UpdateRule
     from .rules.proma import ProjectionSettings
     from .sequence_grads import register_rule
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Chain": "rules",
     "InnerProducts": "rules",
+    "IntraPROMA": "intra",
     "PROMA": "rules",
     "PROMAConfig": "trainer",
     "PROMATrainer": "trainer",
@@ -34,6 +36,7 @@ _HOMES = {
 __all__ = [
     "Chain",
     "InnerProducts",
+    "IntraPROMA",
     "PROMA",
     "PROMAConfig",
     "PROMATrainer",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
@@ -28,6 +29,30 @@ def backward_runs() -> bool:
 def call_after_backward(callback: Callable[[], None]) -> None:
     """Call `callback` when the running backward pass has computed all gradients."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+T = TypeVar("T")
+
+
+class StorageCache(Generic[T]):
+    """Values by tensor, each for as long as the tensor's memory lives and is not written to."""
+
+    def __init__(self):
+        self._entries: dict[tuple, tuple[StorageWeakRef, T]] = {}
+
+    def get(self, tensor: torch.Tensor) -> T | None:
+        """The value of a tensor that shares its memory, shape and version with `tensor`, or `None`."""
+        reference, value = self._entries.get(self._key(tensor), (None, None))
+        return None if reference is None or reference.expired() else value
+
+    def put(self, tensor: torch.Tensor, value: T) -> None:
+        """Keep a value for `tensor`; forget those of tensors that are gone."""
+        self._entries = {key: entry for key, entry in self._entries.items() if not entry[0].expired()}
+        self._entries[self._key(tensor)] = (StorageWeakRef(tensor.untyped_storage()), value)
+
+    @staticmethod
+    def _key(tensor: torch.Tensor) -> tuple:
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
 
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:

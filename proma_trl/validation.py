@@ -5,15 +5,16 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def check_whole(name: str, value: Any, way_out: str = "") -> int:
+def check_whole(name: str, value: Any, way_out: str = "", low: int = 1) -> int:
     """
     Returns `value` as an `int`.
 
     Raises:
-        ValueError: If it is not a whole number of at least 1. Its message names the setting and ends with `way_out`.
+        ValueError: If it is not a whole number of at least `low`. Its message names the setting and ends with
+            `way_out`.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(_message(name, "a whole number of at least 1", value, way_out))
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+        raise ValueError(_message(name, f"a whole number of at least {low}", value, way_out))
     return int(value)
 
 

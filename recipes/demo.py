@@ -17,7 +17,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
+from gsm8k import Algorithm
 from word_problems import HELD_OUT, write_task
 
 from proma_trl.tools.callbacks import ACCURACY
@@ -43,7 +45,7 @@ def train(folder: Path, policy: Path, problems: Path, algorithm: str, seed: int)
 def main() -> None:
     """Makes the problems and the policy, trains it, and shows what that has changed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithm", default="proma", choices=["proma", "isopo", "reinforce", "grpo"])
+    parser.add_argument("--algorithm", default="proma", choices=get_args(Algorithm))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     args = parser.parse_args()

@@ -36,6 +36,8 @@ RECIPE = Path(__file__).parent / "gsm8k.py"
 
 ALGORITHMS = {
     "proma": "--algorithm proma",
+    "proma_intra": "--algorithm proma_intra",
+    "proma_both": "--algorithm proma_both",
     "grpo": "--algorithm grpo",
     "reinforce": "--algorithm reinforce",
     "iterative": "--algorithm proma --projection iterative",

@@ -31,7 +31,10 @@ from proma_trl.tools.policy_metrics import PolicyMetrics
 from proma_trl.tools.rewards import accuracy_reward, format_reward
 from proma_trl.trainer.model_card import FIGURE, CardDataset, ModelCardMixin
 
-Algorithm = Literal["proma", "isopo", "reinforce", "grpo"]
+Algorithm = Literal["proma", "proma_intra", "proma_both", "isopo", "reinforce", "grpo"]
+
+# The dimension of Intra-PROMA's subspaces in the paper's best runs
+INTRA_DIM = 10
 
 
 @dataclass
@@ -41,9 +44,11 @@ class GSM8KArguments:
     algorithm: Algorithm = field(
         default="proma",
         metadata={
-            "help": "How policy gradients become updates: `proma`, with ISOPO before it where `isopo` is set; `isopo` "
-            "alone, `natural` unless `isopo` is set; `reinforce`, which is neither; or `grpo`, TRL's own GRPOTrainer "
-            "with its clipping, which ignores the settings of both."
+            "help": "How policy gradients become updates: `proma`, the accumulation-based variant, with ISOPO before "
+            "it where `isopo` is set; `proma_intra`, Intra-PROMA, with an `intra_dim` of 10 unless it is set; "
+            "`proma_both`, both variants; `isopo` alone, `natural` unless `isopo` is set; `reinforce`, which is none "
+            "of these; or `grpo`, TRL's own GRPOTrainer with its clipping. One file of settings serves them all: an "
+            "algorithm leaves the settings of the methods that it does not have unused."
         },
     )
     dataset_name: str = field(
@@ -168,6 +173,20 @@ def make_parser(algorithm: str) -> TrlParser:
     return parser
 
 
+def set_methods(algorithm: str, training_args: PROMAConfig) -> None:
+    """Switches on the methods that an algorithm has, and off those that it does not have."""
+    if not algorithm.startswith("proma") or algorithm == "proma_intra":
+        training_args.projection = "none"
+    if algorithm not in ("proma_intra", "proma_both"):
+        training_args.intra_dim = 0
+    elif training_args.intra_dim == 0:
+        training_args.intra_dim = INTRA_DIM
+    if algorithm in ("proma_intra", "reinforce"):
+        training_args.isopo = "none"
+    elif algorithm == "isopo" and training_args.isopo == "none":
+        training_args.isopo = "natural"
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults behind every option, and the description's lines as they are."""
 
@@ -176,12 +195,8 @@ def main(arguments: list[str]) -> None:
     """Parses the options, trains, and saves what the run leaves behind."""
     algorithm = choose_algorithm(arguments)
     args, training_args, model_args, *_ = make_parser(algorithm).parse_args_and_config(arguments)
-    if algorithm in ("isopo", "reinforce"):
-        training_args.projection = "none"
-    if algorithm == "reinforce":
-        training_args.isopo = "none"
-    elif algorithm == "isopo" and training_args.isopo == "none":
-        training_args.isopo = "natural"
+    if algorithm != "grpo":
+        set_methods(algorithm, training_args)
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set. Set it to a model on the Hugging Face Hub or a local folder.")
     if training_args.reward_weights is not None:

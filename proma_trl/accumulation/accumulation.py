@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..backends import Backend, backend_for, is_distributed
+from ..intra import IntraPROMA
 from ..rules import PROMA, REINFORCE, UpdateRule
+from ..sequence_grads import head_weights, plan_layers, plan_linear_layers
+from ..sequence_grads.layer import Layer
 from ..sequence_grads.tensor import Scratch
 from ..torch_internals import backward_id, backward_runs
 from ..validation import check_choice, check_real, check_whole
@@ -27,6 +31,8 @@ from .accumulators import SCOPES, Accumulator, accumulator_for
 from .hooks import ModelHooks
 from .microbatch import NOT_CAPTURED, Engine, Microbatch, Phase, StartBackward
 from .sequence_check import check_sequences
+
+_RULE, _STEP = "rule", "step"
 
 
 class ProjectedAccumulation:
@@ -46,16 +52,31 @@ class ProjectedAccumulation:
             What prepares the model. Its `sync_gradients` says where an accumulation ends. Needed with DeepSpeed and
             with a global scope; without it, gradients must accumulate in `param.grad`, as they do on one device, under
             DDP's `no_sync` and under FSDP2's `set_requires_gradient_sync(False)`, and be set to `None` after each
-            optimizer step (`optimizer.zero_grad()`), by which a rule with a state knows that a step is over.
+            optimizer step (`optimizer.zero_grad()`), by which it is known that the step is over.
         scope (`str`, defaults to `"local"`):
             `"local"`: each rank's rule sees its own accumulation and sequences. `"global"`: all ranks together do what
             one rank would do whose microbatch were the union of theirs.
         accumulator_dtype (`torch.dtype`, defaults to `torch.float32`):
             What a rank's own accumulation is kept in where the backend does not keep it: ZeRO-2, ZeRO-3.
+        intra_dim (`int`, defaults to `0`):
+            Intra-PROMA: dimension of the subspaces that the gradient of a linear layer's weight is projected off
+            before the rule acts; see [`IntraPROMA`] for this and the next four. `0` for none. With the rule
+            [`REINFORCE`], every architecture works.
+        intra_power_iterations (`int`, defaults to `1`):
+            Number of power iterations that find the subspaces.
+        intra_strength (`float`, defaults to `1.0`):
+            Part of the gradient within the subspaces that is removed.
+        intra_target (`str`, defaults to `"microbatch"`):
+            Which gradient is projected: the `"microbatch"`'s, or what has been `"accumulated"` before it.
+        intra_head (`bool`, defaults to `True`):
+            Whether the weight of the LM head is projected.
+        seed (`int`, defaults to `0`):
+            Seed of Intra-PROMA's random numbers, which are its own.
 
     Raises:
-        ValueError: If an argument is out of range, or if `microbatch_size > 1` and a layer that holds trainable
-            parameters has no rule for its sequence gradients.
+        ValueError: If an argument is out of range; if `microbatch_size > 1`, the rule is not plain, and a layer that
+            holds trainable parameters has no rule for its sequence gradients; or with Intra-PROMA and a global scope,
+            unless the rule is plain.
         TypeError: If `rule` is no [`UpdateRule`].
 
     Example:
@@ -81,6 +102,12 @@ class ProjectedAccumulation:
         accelerator: Accelerator | None = None,
         scope: str = "local",
         accumulator_dtype: torch.dtype = torch.float32,
+        intra_dim: int = 0,
+        intra_power_iterations: int = 1,
+        intra_strength: float = 1.0,
+        intra_target: str = "microbatch",
+        intra_head: bool = True,
+        seed: int = 0,
     ):
         check_whole("microbatch_size", microbatch_size)
         check_real("memory_budget", memory_budget, "a positive, finite number of GiB", low=sys.float_info.min)
@@ -96,6 +123,14 @@ class ProjectedAccumulation:
         self.accelerator = accelerator
         self.scope = scope
         self.accumulator_dtype = accumulator_dtype
+        intra = IntraPROMA(intra_dim, intra_power_iterations, intra_strength, intra_target, intra_head)
+        self.intra = intra if intra.removes else None
+        self.seed = seed
+        if self.intra is not None and scope == "global" and (not self.rule.is_plain or intra.target == "accumulated"):
+            raise ValueError(
+                "Intra-PROMA projects each rank's gradient by itself, and can't be combined with a rule, or a target, "
+                'of a global scope. Set `scope="local"`.'
+            )
         self._captured: Microbatch | None = None
         self._running: Microbatch | None = None
         self._backend: Backend | None = None
@@ -103,7 +138,9 @@ class ProjectedAccumulation:
         self._scratch = Scratch()
         self._metrics: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._step_began = False
-        self._hooks: ModelHooks | None = ModelHooks(model, microbatch_size, self._active)
+        # The microbatch's place in the run, of which Intra-PROMA's random numbers are a function
+        self._step = self._index = 0
+        self._hooks: ModelHooks | None = self._new_hooks()
 
     @contextmanager
     def capture(self) -> Iterator[Microbatch]:
@@ -124,8 +161,8 @@ class ProjectedAccumulation:
 
         Args:
             objective (`(k,)` or scalar):
-                What each sequence minimizes at an advantage of one (`-log_probs`, weighted and normalized), or its
-                sum over the sequences.
+                What each sequence minimizes at an advantage of one (`-log_probs`, weighted and normalized), or the
+                sum over the sequences, weighted with [`~ProjectedAccumulation.sequence_weights`].
             advantages (`(k,)`):
                 `A_i`: the policy gradient is `sum_i A_i d objective_i`.
             value (scalar, *optional*):
@@ -152,14 +189,43 @@ class ProjectedAccumulation:
         self._hooks.hook_leaves(self._backend)
         return StartBackward.apply(objective, value.detach(), microbatch)
 
+    def sequence_weights(self, advantages: torch.Tensor) -> torch.Tensor:
+        """
+        With what sequences are weighted in a backward pass, `(k,)`: one; or, with Intra-PROMA alone, their advantages,
+        and a tiny number where these are zero.
+        """
+        weights = self._engine(self.rule).sequence_weights(advantages.detach())
+        return torch.ones_like(advantages) if weights is None else weights
+
+    @property
+    def name(self) -> str:
+        """What the method is called, of which `state_dict` returns the state."""
+        return self.rule.name if self.intra is None else f"{self.intra.name} and {self.rule.name}"
+
+    @property
+    def follows_head(self) -> bool:
+        """Whether the LM head, if it does not run as a module, must hand over its gradients."""
+        if self.rule.is_plain or self.microbatch_size == 1:
+            return self.intra is not None and self.intra.head
+        return True
+
+    def projected_names(self) -> list[str]:
+        """Names of the parameters whose gradients Intra-PROMA projects."""
+        if self.intra is None:
+            return []
+        layers = plan_linear_layers(self.model, self.intra.head)
+        weights = {layer.module.weight for layer in layers}
+        return [name for name, param in self._trainable() if param in weights]
+
     def check_sequences(
         self, objective: Callable[[torch.Tensor, Microbatch | None], torch.Tensor], num_sequences: int
     ) -> None:
         """
         Check on a microbatch that the sequence gradients `s_i` are what they should be: for random `r`,
         `sum_i r_i s_i` is the ordinary gradient of `sum_i r_i objective_i`. It takes two forward and backward passes,
-        leaves the model's gradients alone, and does nothing with one sequence a microbatch, or where DeepSpeed or FSDP
-        reduce gradients within the backward pass. Call it before the first microbatch of an optimizer step.
+        leaves the model's gradients alone, and does nothing with one sequence a microbatch, where sequence gradients
+        are not needed, or where DeepSpeed or FSDP reduce gradients within the backward pass. Call it before the first
+        microbatch of an optimizer step.
 
         Args:
             objective (`Callable`): Runs the forward pass; `objective(weights, microbatch)` returns
@@ -169,7 +235,7 @@ class ProjectedAccumulation:
         Raises:
             RuntimeError: If a parameter's sequence gradients are wrong, with its name.
         """
-        if self.microbatch_size == 1 or num_sequences == 1:
+        if self.microbatch_size == 1 or num_sequences == 1 or not self._engine(self.rule).needs_sequences:
             return
         if backend_for(self.model, self.accelerator).reduces_in_backward:
             return
@@ -189,10 +255,11 @@ class ProjectedAccumulation:
 
     def end_step(self) -> None:
         """
-        An optimizer step is over. Needed only with a rule that has a state, in a loop without an `accelerator` in
-        which gradients are not set to `None` after the step.
+        An optimizer step is over. Needed only with Intra-PROMA or a rule that has a state, in a loop without an
+        `accelerator` in which gradients are not set to `None` after the step.
         """
         self._step_began = False
+        self._step, self._index = self._step + 1, 0
         if self._accumulator is not None:
             self._accumulator.end()
             self.rule.end_step([*self._names().values()], self._average)
@@ -207,11 +274,17 @@ class ProjectedAccumulation:
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """The update rule's state, for a checkpoint; the same on all ranks."""
-        return self.rule.state_dict()
+        """
+        What a checkpoint must hold, the same on all ranks: the update rule's state, and with Intra-PROMA, whose random
+        numbers are a function of it, the number of optimizer steps.
+        """
+        state = self.rule.state_dict()
+        return state if self.intra is None else {_RULE: state, _STEP: self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` returned."""
+        if self.intra is not None:
+            self._step, state = state[_STEP], state[_RULE]
         self.rule.load_state_dict(state)
 
     def detach(self) -> None:
@@ -225,7 +298,7 @@ class ProjectedAccumulation:
         if self._captured is not None and self._captured.phase is Phase.RECORDING:
             raise RuntimeError("`capture()` within `capture()`: a microbatch is captured by itself.")
         if self._hooks is None:
-            self._hooks = ModelHooks(self.model, self.microbatch_size, self._active)
+            self._hooks = self._new_hooks()
         self._hooks.refresh()
         microbatch = Microbatch(self._engine(rule), self._begin_backward, self._end_backward)
         self._captured = microbatch
@@ -233,6 +306,16 @@ class ProjectedAccumulation:
             yield microbatch
         finally:
             microbatch.end_recording()
+
+    def _new_hooks(self) -> ModelHooks:
+        needs_sequences = self.intra is None or not self.rule.is_plain
+        if needs_sequences and self.microbatch_size > 1:
+            plan = plan_layers
+        elif self.intra is not None:
+            plan = partial(plan_linear_layers, head=self.intra.head)
+        else:
+            plan = _plan_nothing
+        return ModelHooks(self.model, self.microbatch_size, plan, needs_sequences, self._active)
 
     def _engine(self, rule: UpdateRule) -> Engine:
         if self._accumulator is None:
@@ -243,7 +326,7 @@ class ProjectedAccumulation:
                 self.accelerator,
                 scope=self.scope,
                 size=self.microbatch_size,
-                keeps=self.rule.needs_accumulated,
+                keeps=self.rule.needs_accumulated or (self.intra is not None and self.intra.target == "accumulated"),
                 dtype=self.accumulator_dtype,
             )
         return Engine(
@@ -257,7 +340,17 @@ class ProjectedAccumulation:
             mixed_precision={"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}.get(
                 getattr(self.accelerator, "mixed_precision", "no")
             ),
+            intra=self.intra if rule is self.rule else None,
+            intra_key=(self.seed, self._step, self._index, dist.get_rank() if is_distributed() else 0),
+            intra_excluded=self._excluded(),
+            intra_measures=self._index == 0,
         )
+
+    def _excluded(self) -> frozenset[str]:
+        if self.intra is None or self.intra.head:
+            return frozenset()
+        weights = {self._backend.owner(weight) for weight in head_weights(self.model)}
+        return frozenset(name for param, name in self._names().items() if param in weights)
 
     def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, param) for name, param in self.model.named_parameters() if param.requires_grad)
@@ -301,6 +394,7 @@ class ProjectedAccumulation:
             self._accumulator.end()
             return
         self._step_began = True
+        self._index += 1
         for name, value in microbatch.metrics().items():
             self._metrics[name].append(value)
         if self.accelerator is not None and self.accelerator.sync_gradients:
@@ -311,3 +405,7 @@ class ProjectedAccumulation:
             dist.all_reduce(value)
             value /= dist.get_world_size()
         return value
+
+
+def _plan_nothing(model: nn.Module) -> list[Layer]:
+    return []

@@ -39,6 +39,7 @@ class Request:
         inverts_gram (`bool`): Whether the Gram matrix will be inverted.
         precision (`torch.dtype`): Lowest precision of the products that the sequence gradients come from.
         loss_scale (scalar): What the backward pass multiplies the loss by.
+        acc (`(rows, *rest)`, *optional*): What takes the place of `acc`, if it is not what has been accumulated.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Request:
     inverts_gram: bool
     precision: torch.dtype
     loss_scale: torch.Tensor
+    acc: torch.Tensor | None = None
 
 
 class Accumulator(ABC):
@@ -74,7 +76,7 @@ class Accumulator(ABC):
     def inner_products(self, request: Request, grads: TensorGrads) -> InnerProducts:
         """The inner products of all n sequences' gradients, and with `acc`."""
         overlaps = request.overlaps and self.holds(request.param)
-        acc = self._read(request.param, grads) if overlaps else None
+        acc = self._read(request, grads) if overlaps else None
         # Inverting a Gram matrix squares the condition of the sequences. Float64 makes up for that where it costs
         # nothing and matters: k gradients of a small tensor can nearly be dependent.
         wide = torch.float32 if grads.device.type == "mps" else torch.float64
@@ -89,7 +91,7 @@ class Accumulator(ABC):
             sums.append(addends)
         totals = [x[0] if len(x) == 1 else torch.stack(x).sum(0) for x in zip(*sums, strict=True)]
         if overlaps:
-            totals.append(self._norm_sq(request.param, grads.dtype).to(wide))
+            totals.append(self._norm_sq(request, grads.dtype).to(wide))
         return InnerProducts(
             *self._total(totals),
             names=(request.name,),
@@ -108,11 +110,15 @@ class Accumulator(ABC):
         """The accumulation ends with an optimizer step."""
 
     @abstractmethod
-    def _read(self, param: nn.Parameter, grads: TensorGrads) -> torch.Tensor | None:
+    def accumulated(self, param: nn.Parameter) -> torch.Tensor | None:
+        """`acc` of a parameter, in its whole shape; `None` where nothing has been accumulated."""
+
+    @abstractmethod
+    def _read(self, request: Request, grads: TensorGrads) -> torch.Tensor | None:
         """`acc`, if this rank alone has it, and without the rows that don't matter, which `grads` leaves out, too."""
 
     @abstractmethod
-    def _norm_sq(self, param: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+    def _norm_sq(self, request: Request, dtype: torch.dtype) -> torch.Tensor:
         """This rank's addend of `|acc|^2`."""
 
     @abstractmethod
@@ -142,11 +148,16 @@ class LocalAccumulator(Accumulator):
     def holds(self, param: nn.Parameter) -> bool:
         return self._acc(param) is not None
 
-    def _read(self, param: nn.Parameter, grads: TensorGrads) -> torch.Tensor:
-        return grads.compact(self._acc(param).view(grads.shape))
+    def accumulated(self, param: nn.Parameter) -> torch.Tensor | None:
+        return self._acc(param)
 
-    def _norm_sq(self, param: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
-        return torch.linalg.vector_norm(self._acc(param), dtype=dtype).square()
+    def _read(self, request: Request, grads: TensorGrads) -> torch.Tensor:
+        acc = self._acc(request.param) if request.acc is None else request.acc
+        return grads.compact(acc.view(grads.shape))
+
+    def _norm_sq(self, request: Request, dtype: torch.dtype) -> torch.Tensor:
+        acc = self._acc(request.param) if request.acc is None else request.acc
+        return torch.linalg.vector_norm(acc, dtype=dtype).square()
 
     def _part(self, acc: torch.Tensor, param: nn.Parameter, start: int, stop: int) -> torch.Tensor:
         return acc[start:stop].flatten()
@@ -224,11 +235,14 @@ class GlobalAccumulator(Accumulator):
     def end(self) -> None:
         self._sums.clear()
 
-    def _read(self, param: nn.Parameter, grads: TensorGrads) -> None:
+    def accumulated(self, param: nn.Parameter) -> None:
+        return None  # each rank has a shard
+
+    def _read(self, request: Request, grads: TensorGrads) -> None:
         return None
 
-    def _norm_sq(self, param: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
-        shards = self._sums[param].values()
+    def _norm_sq(self, request: Request, dtype: torch.dtype) -> torch.Tensor:
+        shards = self._sums[request.param].values()
         return torch.stack([torch.linalg.vector_norm(shard, dtype=dtype).square() for shard in shards]).sum()
 
     def _part(self, acc: None, param: nn.Parameter, start: int, stop: int) -> torch.Tensor:

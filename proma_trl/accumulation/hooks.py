@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -10,11 +11,12 @@ import torch
 from torch import nn
 
 from ..backends import Backend
-from ..sequence_grads import plan_layers
 from ..sequence_grads.layer import Layer
 from ..sequence_grads.probe import runs_as
 from ..torch_internals import are_innermost
 from .microbatch import Microbatch, Phase
+
+logger = logging.getLogger(__name__)
 
 # The hooks on each model: a second accumulation on the same model takes the place of the first
 _HOOKED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ModelHooks]] = weakref.WeakKeyDictionary()
@@ -26,7 +28,10 @@ class ModelHooks:
 
     Args:
         model (`nn.Module`): The model.
-        microbatch_size (`int`): With 1, layers are not followed: the parameters' gradients suffice.
+        microbatch_size (`int`): With 1, a parameter's gradient is that of the sequence.
+        plan (`Callable`): From a model to how its layers are followed.
+        needs_sequences (`bool`): Whether every parameter's sequence gradients are needed. If not, those that no
+            followed layer holds are left to autograd.
         active (`Callable`): Returns the current microbatch, or `None`: one being recorded, or one whose backward pass
             runs a checkpointed layer again. It is called with `True` where the model itself is about to run.
 
@@ -34,9 +39,21 @@ class ModelHooks:
         ValueError: If some layers don't yield sequence gradients.
     """
 
-    def __init__(self, model: nn.Module, microbatch_size: int, active: Callable[[bool], Microbatch | None]):
+    def __init__(
+        self,
+        model: nn.Module,
+        microbatch_size: int,
+        plan: Callable[[nn.Module], list[Layer]],
+        needs_sequences: bool,
+        active: Callable[[bool], Microbatch | None],
+    ):
         self._model = model
         self._microbatch_size = microbatch_size
+        self._plan_layers = plan
+        # Layers that may stay without sequence gradients, where autograd's suffice
+        self._optional = microbatch_size == 1 or not needs_sequences
+        self._needs_sequences = needs_sequences
+        self._skipped: set[str] = set()
         self._active = active
         self._layers: list[Layer] = []
         self._handles: list = []
@@ -69,7 +86,7 @@ class ModelHooks:
         previous = _HOOKED.get(self._model, lambda: None)()
         if previous is not None:
             previous.remove()
-        self._layers = plan_layers(self._model) if self._microbatch_size > 1 else []
+        self._layers = self._plan_layers(self._model)
         _HOOKED[self._model] = weakref.ref(self)
         self._planned = self._signature()
         self._hook()
@@ -102,6 +119,9 @@ class ModelHooks:
         microbatch = self._active(False)
         if microbatch is None:
             return None
+        if self._optional and not layer.tells_sequences(microbatch, args, kwargs):
+            self._say_skipped(layer)
+            return None
         if microbatch.phase is Phase.RECORDING:
             for param in layer.params.values():
                 microbatch.expect(param)
@@ -119,7 +139,16 @@ class ModelHooks:
         microbatch = self._active(False)
         if grad is None or microbatch is None or microbatch.phase is not Phase.BACKWARD:
             return grad
-        if self._microbatch_size == 1:
-            return microbatch.receive_whole(leaf, name, grad)
+        if not microbatch.follows(leaf) and self._optional:
+            return microbatch.receive_whole(leaf, name, grad) if self._needs_sequences else grad
         microbatch.check_emitted(leaf, name, grad)
         return None
+
+    def _say_skipped(self, layer: Layer) -> None:
+        if layer.name not in self._skipped:
+            self._skipped.add(layer.name)
+            logger.warning(
+                "`%s` runs on rows of which the sequence is not known: its weight keeps its ordinary policy gradient, "
+                "which Intra-PROMA does not project.",
+                layer.name,
+            )

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
 from torch import nn
 
 from ..backends import Backend, is_distributed, whole_shape
+from ..intra import IntraPROMA
+from ..intra.intra_proma import IntraProjection, Subspaces, sequence_weights
 from ..rules import InnerProducts, UpdateRule
 from ..sequence_grads.forms import Dense, SequenceGrads, sum_dtype
 from ..sequence_grads.layer import ONE_SEQUENCE
 from ..sequence_grads.tensor import Scratch, TensorGrads
-from ..torch_internals import backward_id, call_after_backward
+from ..torch_internals import StorageCache, backward_id, call_after_backward
 from .accumulators import Accumulator, Request
 
 NOT_CAPTURED = (
@@ -49,6 +51,10 @@ class Engine:
         memory_budget (`float`): GiB that the sequence gradients of one parameter may take.
         scratch ([`Scratch`]): Memory for them.
         mixed_precision (`torch.dtype` or `None`): What Accelerate autocasts the forward pass to.
+        intra ([`IntraPROMA`] or `None`): Settings of Intra-PROMA, where it removes anything.
+        intra_key (`tuple[int, ...]`): Seed, optimizer step, microbatch and rank.
+        intra_excluded (`frozenset[str]`): Names of parameters that Intra-PROMA leaves alone.
+        intra_measures (`bool`): Whether it measures how much the subspaces capture.
     """
 
     rule: UpdateRule
@@ -59,6 +65,19 @@ class Engine:
     memory_budget: float
     scratch: Scratch
     mixed_precision: torch.dtype | None
+    intra: IntraPROMA | None = None
+    intra_key: tuple[int, ...] = ()
+    intra_excluded: frozenset[str] = frozenset()
+    intra_measures: bool = False
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether the gradients of single sequences are needed. If not, the backward pass is that of their sum."""
+        return self.intra is None or not self.rule.is_plain
+
+    def sequence_weights(self, advantages: torch.Tensor) -> torch.Tensor | None:
+        """See [`Microbatch`]'s `weights`."""
+        return None if self.needs_sequences else sequence_weights(advantages, self.mixed_precision)
 
 
 class Microbatch:
@@ -76,6 +95,8 @@ class Microbatch:
         num_sequences (`int`): k, read from the model's input; 0 until then.
         num_tokens (`int` or `None`): Length T of the input's sequences, where it consists of tokens.
         advantages (`(k,)` or `None`): Coefficients of the policy gradient, once they are known.
+        weights (`(k,)` or `None`): With what the sequences' objectives are weighted in the backward pass, once the
+            advantages are known; `None` where all weights are one.
     """
 
     def __init__(
@@ -89,6 +110,7 @@ class Microbatch:
         self.num_sequences = 0
         self.num_tokens: int | None = None
         self.advantages: torch.Tensor | None = None
+        self.weights: torch.Tensor | None = None
         self.backward_id = -1
         self._begin = begin
         self._end = end
@@ -99,12 +121,16 @@ class Microbatch:
         self._parts: defaultdict[nn.Parameter, list[SequenceGrads]] = defaultdict(list)
         self._emitted: dict[nn.Parameter, int] = {}
         self._products: list[InnerProducts] = []
+        self._real: torch.Tensor | None = None
+        self._device = torch.device("cpu")
+        self._intra: IntraProjection | None = None
+        self._cast: StorageCache[torch.Tensor] = StorageCache()
 
     # The forward pass
 
     def read_input(self, args: tuple, kwargs: dict, device: torch.device) -> None:
         """
-        Take k, T and the precision from a call of the model.
+        Take k, T, the attention mask and the precision from a call of the model.
 
         Raises:
             ValueError: If it holds more sequences than declared, or another number than an earlier call.
@@ -128,12 +154,29 @@ class Microbatch:
             )
         is_tokens = (value.dim() == 2 and not value.is_floating_point()) or value.dim() == 3
         self.num_sequences, self.num_tokens = k, value.shape[1] if is_tokens else None
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and is_tokens and mask.shape == value.shape[:2]:
+            self._real = mask != 0
+        self._device = value.device
         if self._autocast is None and torch.is_autocast_enabled(device.type):
             self._autocast = torch.get_autocast_dtype(device.type)
 
     def expect(self, param: nn.Parameter) -> None:
         """Announce that `receive` will be called once more for `param`."""
         self._uses[self.engine.backend.owner(param)] += 1
+
+    def follows(self, param: nn.Parameter) -> bool:
+        """Whether a layer that ran has announced gradients of `param`, or of what it stands for."""
+        return self.engine.backend.owner(param) in self._uses
+
+    def cast(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`tensor` in another dtype: one copy for all layers that read it one after another."""
+        found = self._cast.get(tensor)
+        if found is None or found.dtype != dtype:
+            found = tensor.to(dtype)
+            self._cast = StorageCache()
+            self._cast.put(tensor, found)
+        return found
 
     def precision(self, dtype: torch.dtype) -> torch.dtype:
         """Lowest precision of the products that the sequence gradients of a parameter of `dtype` come from."""
@@ -143,6 +186,7 @@ class Microbatch:
     def end_recording(self) -> None:
         """The forward pass is over."""
         self.phase = Phase.RECORDED
+        self._cast = StorageCache()
 
     def weigh(self, advantages: torch.Tensor) -> None:
         """
@@ -164,6 +208,7 @@ class Microbatch:
                 f"{advantages.shape}."
             )
         self.advantages = advantages.detach()
+        self.weights = self.engine.sequence_weights(self.advantages)
 
     # The backward pass
 
@@ -192,6 +237,16 @@ class Microbatch:
         self._loss_scale = loss_scale
         self._remaining = dict(self._uses)
         self.engine.accumulator.begin(self.advantages)
+        if self.engine.intra is not None:
+            self._intra = IntraProjection(
+                self.engine.intra,
+                self.engine.intra_key,
+                self.num_sequences,
+                self._real,
+                self._device,
+                self.weights,
+                self.engine.intra_measures,
+            )
         call_after_backward(self._end_backward)
 
     def receive(self, param: nn.Parameter, grads: SequenceGrads) -> torch.Tensor | None:
@@ -235,13 +290,34 @@ class Microbatch:
             )
 
     def head_form(self, param: nn.Parameter, num_positions: int) -> str:
-        """How the fused head holds its sequence gradients: dense, as factors, or not at all, as memory allows."""
+        """
+        How the fused head holds its sequence gradients: dense, as factors, or not at all, as memory allows; or summed,
+        where single sequences are not needed.
+        """
         rows, size = whole_shape(param)
         row_bytes = self.num_sequences * rows * sum_dtype(param).itemsize
         budget = self.engine.memory_budget * _GIB / row_bytes
-        if size <= budget and self._needs_products(self.engine.backend.owner(param)):
+        if not self.engine.needs_sequences:
+            return "factors" if num_positions <= budget else "summed"
+        owner = self.engine.backend.owner(param)
+        if size <= budget and self._needs_products(owner) and not self._projects(self.engine.names[owner]):
             return "dense"
         return "factors" if num_positions <= budget else "recompute"
+
+    @property
+    def projects_inputs(self) -> bool:
+        """Whether Intra-PROMA acts, to which the inputs of all tokens matter."""
+        return self.engine.intra is not None
+
+    def head_rows(self, param: nn.Parameter, first: int, length: int) -> torch.Tensor | None:
+        """
+        What Intra-PROMA multiplies the head's output gradients by first, those of the tokens `first:first + length`,
+        so that they need be made only once for it and all else; `None` if nothing.
+        """
+        name = self.engine.names[self.engine.backend.owner(param)]
+        if not self._projects(name) or not self._intra.settings.power_iterations:
+            return None
+        return self._intra.first_rows(name, first, length, sum_dtype(param))
 
     def abandon(self) -> None:
         """An exception ended its backward pass."""
@@ -256,25 +332,87 @@ class Microbatch:
                 products = InnerProducts.stack(group)
                 advantages = self.engine.accumulator.advantages.to(products.gram)
                 metrics |= self.engine.rule.observe(products, advantages)
-        return metrics
+        return metrics if self._intra is None else metrics | self._intra.metrics()
 
     def _emit(self, leaf: nn.Parameter, param: nn.Parameter) -> torch.Tensor:
-        """`sum_i c_i s_i` from all uses of `param` that were received, typed as `leaf`, which autograd hands it to."""
-        engine, accumulator = self.engine, self.engine.accumulator
+        """What all uses of `param` amount to, typed as `leaf`, which autograd hands it to."""
         grads = self._tensor_grads(leaf, param)
         ranges = grads.ranges
         with torch.no_grad(), torch.autocast(leaf.device.type, enabled=False):
-            if self._needs_products(param):
-                products = accumulator.inner_products(self._request(leaf, param), grads)
-                coefficients = engine.rule.coefficients(products, accumulator.advantages.to(products.gram))
-                self._products.append(products)
-                emission = grads.combine(coefficients[accumulator.own])
+            subspaces = self._subspaces(param, grads)
+            if subspaces is None:
+                emission = self._combined(leaf, param, grads)
+            elif self.engine.intra.target == "accumulated":
+                emission = self._combined_off_accumulated(leaf, param, grads, subspaces)
             else:
-                emission = grads.combine(self.advantages)
+                emission = self._combined_off_microbatch(leaf, param, grads, subspaces)
             emission = emission.to(leaf.dtype).view(whole_shape(param))
-            accumulator.keep(param, emission, ranges)
+            self.engine.accumulator.keep(param, emission, ranges)
         self._emitted[param] = emission.data_ptr()
         return emission
+
+    def _combined(
+        self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, acc: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`sum_i c_i s_i`, by the rule, against `acc` if it is not what has been accumulated."""
+        if not self._needs_products(param):
+            return grads.combine(self._policy)
+        products, advantages = self._products_of(leaf, param, grads, acc)
+        if self._intra is not None:  # as for the tensors that it projects
+            policy_sq = products.length_sq(self.engine.rule.policy(products, advantages))
+            products = replace(products, policy_sq=policy_sq)
+        self._products.append(products)
+        coefficients = self.engine.rule.coefficients(products, advantages)
+        return grads.combine(coefficients[self.engine.accumulator.own])
+
+    def _combined_off_microbatch(
+        self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, subspaces: Subspaces
+    ) -> torch.Tensor:
+        """The policy gradient, off the subspaces, and what the rule removes, relative to what is left of it."""
+        rule, own = self.engine.rule, self.engine.accumulator.own
+        if not self._needs_products(param):
+            emission = grads.combine(self._policy)
+            self._intra.remove(subspaces, emission)
+            return emission
+        products, advantages = self._products_of(leaf, param, grads)
+        policy = rule.policy(products, advantages)
+        emission = grads.combine(policy[own])
+        self._intra.remove(subspaces, emission)
+        policy_sq = torch.linalg.vector_norm(emission, dtype=emission.dtype).square()
+        products = replace(products, policy_sq=policy_sq.to(products.gram))
+        self._products.append(products)
+        coefficients = rule.coefficients(products, advantages)
+        return emission.add_(grads.combine((coefficients - policy)[own]))
+
+    def _combined_off_accumulated(
+        self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, subspaces: Subspaces
+    ) -> torch.Tensor:
+        """What has been accumulated is projected off the subspaces first."""
+        acc = self.engine.accumulator.accumulated(param)
+        if acc is None:
+            return self._combined(leaf, param, grads)
+        rest = acc.to(grads.dtype, copy=True).view(grads.shape)
+        core = self._intra.remove(subspaces, rest)
+        return subspaces.subtract(core, self._combined(leaf, param, grads, rest))
+
+    @property
+    def _policy(self) -> torch.Tensor | None:
+        """Coefficients of the policy gradient; `None` where the backward pass has weighted the sequences with them."""
+        return self.advantages if self.weights is None else None
+
+    def _subspaces(self, param: nn.Parameter, grads: TensorGrads) -> Subspaces | None:
+        name = self.engine.names[param]
+        return self._intra.subspaces(name, grads.parts) if self._projects(name) else None
+
+    def _projects(self, name: str) -> bool:
+        return self._intra is not None and name not in self.engine.intra_excluded
+
+    def _products_of(
+        self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, acc: torch.Tensor | None = None
+    ) -> tuple[InnerProducts, torch.Tensor]:
+        """The inner products of a tensor, and the advantages in their dtype."""
+        products = self.engine.accumulator.inner_products(self._request(leaf, param, acc), grads)
+        return products, self.engine.accumulator.advantages.to(products.gram)
 
     def _tensor_grads(self, leaf: nn.Parameter, param: nn.Parameter) -> TensorGrads:
         limit = int(self.engine.memory_budget * _GIB) // (self.engine.microbatch_size * sum_dtype(leaf).itemsize)
@@ -285,10 +423,11 @@ class Microbatch:
         rule = self.engine.rule
         return rule.needs_gram or (rule.needs_accumulated and self.engine.accumulator.holds(param))
 
-    def _request(self, leaf: nn.Parameter, param: nn.Parameter) -> Request:
+    def _request(self, leaf: nn.Parameter, param: nn.Parameter, acc: torch.Tensor | None) -> Request:
         return Request(
             name=self.engine.names[param],
             param=param,
+            acc=acc,
             overlaps=self.engine.rule.needs_accumulated,
             inverts_gram=self.engine.rule.inverts_gram,
             precision=self.precision(leaf.dtype),
@@ -311,10 +450,11 @@ class Microbatch:
             self._end(self)
         self._products.clear()
         self._emitted.clear()
+        self._intra = None
 
 
 class StartBackward(torch.autograd.Function):
-    """The loss of a microbatch: its value is the true one, its backward pass starts every sequence with weight one."""
+    """The loss of a microbatch: its value is the true one, its backward pass starts every sequence with its weight."""
 
     @staticmethod
     def forward(ctx, objective: torch.Tensor, value: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
@@ -324,4 +464,7 @@ class StartBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor):
         ctx.microbatch.begin_backward(grad_output)
-        return grad_output.expand(ctx.shape), None, None
+        weights = ctx.microbatch.weights
+        if weights is None or ctx.shape == ():  # a sum of objectives has been weighted
+            return grad_output.expand(ctx.shape), None, None
+        return grad_output * weights.to(grad_output), None, None

@@ -35,6 +35,11 @@ class Chain(UpdateRule):
             advantages = rule.coefficients(products, advantages)
         return advantages
 
+    def policy(self, products: InnerProducts, advantages: torch.Tensor) -> torch.Tensor:
+        for rule in self._acting(products):
+            advantages = rule.policy(products, advantages)
+        return advantages
+
     def observe(self, products: InnerProducts, advantages: torch.Tensor) -> dict[str, torch.Tensor]:
         metrics = {}
         for rule in self._acting(products):

@@ -24,6 +24,9 @@ class InnerProducts:
             has been accumulated, and for rules that do not need it.
         acc_sq (`(...)`, *optional*):
             `<acc, acc>`; `None` where `overlaps` is.
+        policy_sq (`(...)`, *optional*):
+            Squared norm of the gradient that is added, where this is not the policy gradient `sum_i a_i s_i` itself
+            but what Intra-PROMA left of it.
         names (`Sequence[str]`):
             Names of the parameters: one for a single tensor, or one for each of a batch.
         num_sequences (`int` or scalar, *optional*):
@@ -40,6 +43,7 @@ class InnerProducts:
     gram: torch.Tensor
     overlaps: torch.Tensor | None = None
     acc_sq: torch.Tensor | None = None
+    policy_sq: torch.Tensor | None = None
     names: Sequence[str] = ("",)
     num_sequences: int | torch.Tensor | None = None
     loss_scale: float | torch.Tensor = 1.0
@@ -51,6 +55,10 @@ class InnerProducts:
         """`<s_i, s_i>`, `(..., k)`."""
         return self.gram.diagonal(dim1=-2, dim2=-1)
 
+    def length_sq(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Squared norm of `sum_i coefficients_i s_i`, `(...)`, for coefficients of shape `(..., k)`."""
+        return (coefficients * (self.gram @ coefficients.unsqueeze(-1)).squeeze(-1)).sum(-1).clamp(min=0)
+
     @staticmethod
     def stack(products: Sequence[InnerProducts]) -> InnerProducts:
         """One batch of several single tensors of a microbatch, on the device of the first."""
@@ -61,7 +69,7 @@ class InnerProducts:
             return None if values[0] is None else torch.stack([v.to(first.gram.device) for v in values])
 
         return InnerProducts(
-            *(stacked(name) for name in ("gram", "overlaps", "acc_sq")),
+            *(stacked(name) for name in ("gram", "overlaps", "acc_sq", "policy_sq")),
             names=[name for p in products for name in p.names],
             num_sequences=first.num_sequences,
             loss_scale=first.loss_scale,

@@ -27,7 +27,7 @@ from .update_rule import UpdateRule
 METHODS = ("iterative", "exact", "none")
 
 _TITLE = "PROMA: Projected Microbatch Accumulation for Reference-Free Proximal Policy Updates"
-_PAPER = {
+PAPER = {
     "title": _TITLE,
     "id": "2601.10498",
     "citation": f"""\
@@ -95,7 +95,7 @@ class PROMA(UpdateRule):
 
     @property
     def papers(self) -> tuple[dict[str, str], ...]:
-        return (_PAPER,) if self.removes else ()
+        return (PAPER,) if self.removes else ()
 
     def coefficients(self, products: InnerProducts, advantages: torch.Tensor) -> torch.Tensor:
         if products.overlaps is None or not self.removes:
@@ -131,6 +131,7 @@ class PROMA(UpdateRule):
         # P(acc) = sum_i weights_i s_i: its squared length, and that of the policy gradient
         pair = torch.stack([weights, advantages.expand_as(weights)], -2)
         length_sq, policy_sq = (pair * (pair @ gram)).sum(-1).clamp(min=0).unbind(-1)
+        policy_sq = policy_sq if products.policy_sq is None else products.policy_sq
         if self.bound is None:
             factor = torch.ones_like(length_sq)
         else:

@@ -70,6 +70,19 @@ class UpdateRule(ABC):
             `(..., k)`: `c`, in the dtype of `products.gram`.
         """
 
+    def policy(self, products: InnerProducts, advantages: torch.Tensor) -> torch.Tensor:
+        """
+        The part of the coefficients that weighs the microbatch's own gradient; the rest removes from what has been
+        accumulated. Intra-PROMA projects the first part alone. A rule that uses `acc` and also changes the advantages
+        overrides this.
+
+        Returns:
+            `(..., k)`: In the dtype of `products.gram`.
+        """
+        if self.needs_accumulated:
+            return advantages.expand_as(products.norms_sq)
+        return self.coefficients(products, advantages)
+
     def observe(self, products: InnerProducts, advantages: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Called once after a microbatch's backward pass, with the inner products of all its tensors as one batch.

@@ -77,6 +77,9 @@ def _embedding_grads(
 class EmbeddingLayer(Layer):
     """An embedding: its lookups, wherever its forward makes them, run on the detached weight."""
 
+    def tells_sequences(self, sink: Sink, args: tuple, kwargs: dict) -> bool:
+        return True  # judged at the lookup, which may be of other indices
+
     def enter(self, sink: Sink, args: tuple, kwargs: dict) -> None:
         self.entered = True
         self.mode = _LookupMode(self.module.weight, partial(self.lookup, sink))

@@ -5,7 +5,8 @@ linear layer's are sums of outer products, an embedding's are a few rows each. A
 rows densely, so that Gram matrix and overlaps can be taken range by range, and how to form a weighted sum directly.
 """
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -22,11 +23,57 @@ class SequenceGrads(Protocol):
     def write_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
         """Overwrite `out`, `(k, stop - start, *rest)`, with rows `start:stop` of every sequence's gradient."""
 
-    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """`sum_i coefficients_i s_i`, `(rows, *rest)`, for `coefficients` of shape `(k,)`."""
+    def combine(self, coefficients: torch.Tensor | None) -> torch.Tensor:
+        """`sum_i coefficients_i s_i`, `(rows, *rest)`, for `coefficients` of shape `(k,)`, or `None`: all are one."""
 
-    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor) -> None:
+    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor | None) -> None:
         """Add what `combine` returns to `total`."""
+
+
+class Factor(Protocol):
+    """
+    One of the two factors of a linear layer's weight gradient, seen as a matrix `M` with one row a token: the layer's
+    inputs, or the gradients of its outputs. It is known by its products with matrices of few columns.
+
+    Attributes:
+        num_tokens (`int`): N, the number of rows of each of k sequences.
+        dtype (`torch.dtype`): What products are returned in.
+        first_token (`int`): Place in its sequence, as the model's input has it, of each sequence's first row.
+        source (`torch.Tensor` or `None`): The tensor that the layer was given. Layers with the same one have the same
+            factor.
+    """
+
+    num_tokens: int
+    dtype: torch.dtype
+    first_token: int
+    source: torch.Tensor | None
+
+    def times(self, columns: torch.Tensor) -> torch.Tensor:
+        """`M columns`, `(k, N, c)`, for `columns` of shape `(n, c)`."""
+
+    def transpose_times(self, rows: torch.Tensor) -> torch.Tensor:
+        """`M^T rows`, `(n, c)`, for `rows` of shape `(k, N, c)`."""
+
+    def sweep(self, rows: torch.Tensor, between: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`M between(M^T rows)`, `(k, N, c)`; `between` keeps the span of its argument, and may be left out."""
+
+    def norms_sq(self) -> torch.Tensor:
+        """Squared lengths of the rows, `(k, N)`."""
+
+
+@runtime_checkable
+class LinearGrads(Protocol):
+    """
+    What the form of a linear layer's weight also has.
+
+    Attributes:
+        inputs (`str`): Which factor is the layer's input, `"left"` or `"right"`.
+    """
+
+    inputs: str
+
+    def factors(self) -> tuple[Factor, Factor]:
+        """The left and the right factor, along the parameter's rows and columns."""
 
 
 class Dense:
@@ -48,10 +95,12 @@ class Dense:
     def write_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
         out.copy_(self.grads[:, start:stop])
 
-    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+    def combine(self, coefficients: torch.Tensor | None) -> torch.Tensor:
+        if coefficients is None:
+            return self.grads.sum(0)
         return (coefficients.to(self.grads.dtype) @ self.grads.flatten(1)).view(self.grads.shape[1:])
 
-    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor) -> None:
+    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor | None) -> None:
         total += self.combine(coefficients)
 
 
@@ -64,9 +113,17 @@ class OuterProducts:
     Args:
         left (`(k, N, rows)`): Factors along the parameter's rows.
         right (`(k, N, columns)`): Factors along its columns.
+        inputs (`str`, defaults to `"right"`): Which of them is the layer's input, `"left"` or `"right"`.
+        all_inputs (`(k, N', columns)`, *optional*): The inputs of all tokens, where `right` has those of each
+            sequence's last N alone, as all others have no gradient.
     """
 
-    def __init__(self, left: torch.Tensor, right: torch.Tensor):
+    def __init__(
+        self, left: torch.Tensor, right: torch.Tensor, inputs: str = "right", all_inputs: torch.Tensor | None = None
+    ):
+        self.inputs = inputs
+        self._all_inputs = all_inputs
+        self._source = left if inputs == "left" else right
         if left.dtype != right.dtype:
             dtype = torch.promote_types(left.dtype, right.dtype)
             left, right = left.to(dtype), right.to(dtype)
@@ -90,8 +147,10 @@ class OuterProducts:
         else:
             out.copy_(torch.bmm(left, self.right, out_dtype=out.dtype))
 
-    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+    def combine(self, coefficients: torch.Tensor | None) -> torch.Tensor:
         left, right = self.left, self.right
+        if coefficients is None:
+            return product(left.flatten(0, 1).mT, right.flatten(0, 1))
         if left.dtype == sum_dtype(left):
             # One product over all sequences, with the weights on the narrower factor
             scale = coefficients.to(left.dtype).view(-1, 1, 1)
@@ -109,8 +168,85 @@ class OuterProducts:
             torch.mv(products.flatten(1).mT, coefficients.float(), out=out[start : start + step].view(-1))
         return out
 
-    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor) -> None:
+    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor | None) -> None:
         total += self.combine(coefficients)
+
+    def factors(self) -> tuple[Factor, Factor]:
+        """The left and the right factor, along the parameter's rows and columns."""
+        left, right = self.left, self.right
+        if self._all_inputs is None:
+            source = self._source
+            return (
+                HeldFactor(left, source=source if self.inputs == "left" else None),
+                HeldFactor(right, source=source if self.inputs == "right" else None),
+            )
+        first = self._all_inputs.shape[1] - left.shape[1]
+        return HeldFactor(left, first), HeldFactor(self._all_inputs)
+
+
+class HeldFactor:
+    """
+    A [`Factor`] that is in memory.
+
+    Args:
+        matrix (`(k, N, n)`): Its rows.
+        first_token (`int`), source (`torch.Tensor`, *optional*): See there.
+    """
+
+    def __init__(self, matrix: torch.Tensor, first_token: int = 0, source: torch.Tensor | None = None):
+        self.num_tokens, self.dtype = matrix.shape[1], sum_dtype(matrix)
+        self.first_token = first_token
+        self.source = source
+        # As in `OuterProducts`
+        self._matrix = matrix if matrix.is_cuda else matrix.to(self.dtype)
+
+    def times(self, columns: torch.Tensor) -> torch.Tensor:
+        return product(self._matrix.flatten(0, 1), columns).view(*self._matrix.shape[:2], -1)
+
+    def transpose_times(self, rows: torch.Tensor) -> torch.Tensor:
+        # Sequence by sequence: long sums for few results are slow, on a CPU as on a GPU
+        return batched_product(rows.to(self._matrix.dtype).mT, self._matrix).sum(0).mT
+
+    def sweep(self, rows: torch.Tensor, between: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return self.times(between(self.transpose_times(rows)))
+
+    def norms_sq(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(self._matrix, dim=-1, dtype=self.dtype).square()
+
+
+class StackedFactor:
+    """
+    The rows of several factors, one after another in each sequence.
+
+    Args:
+        factors (`Sequence[Factor]`): Factors of the same columns.
+    """
+
+    first_token = 0
+    source = None
+
+    def __init__(self, factors: Sequence[Factor]):
+        self._factors = factors
+        self._lengths = [factor.num_tokens for factor in factors]
+        self.num_tokens, self.dtype = sum(self._lengths), factors[0].dtype
+
+    def times(self, columns: torch.Tensor) -> torch.Tensor:
+        return torch.cat([factor.times(columns) for factor in self._factors], 1)
+
+    def transpose_times(self, rows: torch.Tensor) -> torch.Tensor:
+        pairs = zip(self._factors, rows.split(self._lengths, 1), strict=True)
+        return torch.stack([factor.transpose_times(part) for factor, part in pairs]).sum(0)
+
+    def sweep(self, rows: torch.Tensor, between: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return self.times(between(self.transpose_times(rows)))
+
+    def norms_sq(self) -> torch.Tensor:
+        return torch.cat([factor.norms_sq() for factor in self._factors], 1)
+
+
+def stacked(factors: Sequence[Factor]) -> Factor:
+    """One factor that has the rows of all."""
+    return factors[0] if len(factors) == 1 else StackedFactor(factors)
 
 
 class Rows:
@@ -141,14 +277,16 @@ class Rows:
     def write_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
         self.add_rows(out.zero_(), start, stop)
 
-    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+    def combine(self, coefficients: torch.Tensor | None) -> torch.Tensor:
         out = self.values.new_zeros((self.num_rows, *self.values.shape[2:]), dtype=sum_dtype(self.values))
         self.add_combined(out, coefficients)
         return out
 
-    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor) -> None:
-        scale = coefficients.to(total.dtype).view(-1, *([1] * (self.values.dim() - 1)))
-        total.index_add_(0, self.indices.flatten(), (self.values * scale).flatten(0, 1))
+    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor | None) -> None:
+        values = self.values.to(total.dtype)
+        if coefficients is not None:
+            values = values * coefficients.to(total.dtype).view(-1, *([1] * (values.dim() - 1)))
+        total.index_add_(0, self.indices.flatten(), values.flatten(0, 1))
 
     def compact(self) -> tuple["Rows", torch.Tensor]:
         """
@@ -168,6 +306,17 @@ class Rows:
         else:
             rows, local = flat.unique(return_inverse=True)
         return Rows(local.view_as(self.indices), self.values, len(rows)), rows
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left @ right` in the precision of `left`, summed, and returned, in [`sum_dtype`]'s."""
+    right = right.to(left.dtype)
+    return left @ right if left.dtype == sum_dtype(left) else torch.mm(left, right, out_dtype=torch.float32)
+
+
+def batched_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The same for batches of matrices of one dtype."""
+    return left @ right if left.dtype == sum_dtype(left) else torch.bmm(left, right, out_dtype=torch.float32)
 
 
 def sum_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -33,6 +33,9 @@ class Sink(Protocol):
     def receive(self, param: nn.Parameter, grads: SequenceGrads) -> torch.Tensor | None:
         """Take the gradients of one use of `param`. Returns what to emit as its gradient, or `None` for later."""
 
+    def cast(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`tensor` in another dtype: one copy for all layers that read it one after another."""
+
 
 def by_sequence(sink: Sink, tensor: torch.Tensor, name: str) -> torch.Tensor:
     """
@@ -47,15 +50,32 @@ def by_sequence(sink: Sink, tensor: torch.Tensor, name: str) -> torch.Tensor:
             f"`{name}` ran inside `capture()` before the model that was given to `ProjectedAccumulation` did, so that "
             "the number of sequences is unknown. Call it outside, or within the model's forward pass."
         )
-    if tensor.dim() >= 2 and length is not None and tensor.shape[0] == k * length and (tensor.dim() == 2 or k > 1):
+    if _is_flat(sink, tensor):
         return tensor.view(k, length, *tensor.shape[1:])
-    if tensor.shape[:1] == (k,) and (tensor.dim() > 2 or length in (None, 1)):
+    if _is_split(sink, tensor):
         return tensor
     raise ValueError(
         f"`{name}` ran on a tensor of shape {tuple(tensor.shape)}, in which the {k} sequences"
         f"{'' if length is None else f' of {length} tokens'} can't be told apart. Train with {ONE_SEQUENCE}, "
         "or freeze its parameters."
     )
+
+
+def is_by_sequence(sink: Sink, tensor: torch.Tensor) -> bool:
+    """Whether [`by_sequence`] can tell the sequences of a tensor apart."""
+    return sink.num_sequences > 0 and (_is_flat(sink, tensor) or _is_split(sink, tensor))
+
+
+def _is_flat(sink: Sink, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is `(k * T, ...)`."""
+    k, length = sink.num_sequences, sink.num_tokens
+    is_flat = tensor.dim() >= 2 and length is not None and tensor.shape[0] == k * length
+    return is_flat and (tensor.dim() == 2 or k > 1)
+
+
+def _is_split(sink: Sink, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is `(k, ...)`."""
+    return tensor.shape[:1] == (sink.num_sequences,) and (tensor.dim() > 2 or sink.num_tokens in (None, 1))
 
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,6 +105,11 @@ class Layer:
         """The parameters as the module holds them now: FSDP exchanges shards for whole ones while a module runs."""
         own = own_parameters(self.module)
         return {name: own[name] for name in self.param_names}
+
+    def tells_sequences(self, sink: Sink, args: tuple, kwargs: dict) -> bool:
+        """Whether the sequences in the module's arguments can be told apart."""
+        values = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        return all(is_by_sequence(sink, value) for value in values)
 
     def enter(self, sink: Sink, args: tuple, kwargs: dict) -> tuple | None:
         """Prepare the module before it runs. Returns other arguments for it, `(args, kwargs)`, or `None`."""

@@ -5,7 +5,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .forms import OuterProducts, SequenceGrads, sum_dtype
-from .registry import register_rule
+from .registry import Rule, register_rule, rule_for
 
 
 @register_rule(nn.Linear)
@@ -23,7 +23,13 @@ def conv1d(
 ) -> dict[str, torch.Tensor | SequenceGrads]:
     """`y = x W + b`: a linear layer whose weight is stored transposed."""
     grad_output, values = _tokens(grad_output), _tokens(inputs[0])
-    return {"weight": OuterProducts(values, grad_output), "bias": _summed(module, grad_output)}
+    return {"weight": OuterProducts(values, grad_output, inputs="left"), "bias": _summed(module, grad_output)}
+
+
+def rule_if_linear(module: nn.Module) -> Rule | None:
+    """The rule of a module that multiplies its input by its `weight`; `None` for other modules."""
+    rule = rule_for(module) if isinstance(module, nn.Linear | Conv1D) else None
+    return rule if rule in (linear, conv1d) else None
 
 
 def _tokens(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import sys
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import linear  # noqa: F401 - registers its rules
+from . import linear
 from .embedding import EmbeddingLayer, embedding_refusal
 from .layer import ONE_SEQUENCE, Layer
 from .norm import BroadcastLayer, broadcasts_parameters
@@ -46,6 +46,46 @@ def plan_layers(model: nn.Module) -> list[Layer]:
             "parameters."
         )
     return layers
+
+
+def plan_linear_layers(model: nn.Module, head: bool) -> list[Layer]:
+    """
+    How the layers are followed whose weight is a matrix that they multiply by. Other layers are left to autograd.
+
+    A weight that is also an embedding's is followed in both, or not at all.
+
+    Args:
+        model (`nn.Module`): The model.
+        head (`bool`): Whether the LM head is among them.
+    """
+    foreign, excluded = _foreign_modules(model), set() if head else set(head_weights(model))
+    layers: list[Layer] = []
+    embeddings: dict[nn.Parameter, list[tuple[str, nn.Embedding]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            embeddings.setdefault(module.weight, []).append((name, module))
+        weight = getattr(module, "weight", None)
+        if module in foreign or weight in excluded or not (isinstance(weight, nn.Parameter) and weight.requires_grad):
+            continue
+        rule = linear.rule_if_linear(module)
+        if rule is not None:
+            params = tuple(n for n, p in module.named_parameters(recurse=False) if p.requires_grad)
+            layers.append(RuleLayer(name, module, params, rule))
+    for weight, modules in embeddings.items():
+        tied = [layer for layer in layers if layer.module.weight is weight]
+        if tied and any(embedding_refusal(module) for _, module in modules):
+            layers = [layer for layer in layers if layer not in tied]
+        elif tied:
+            layers += [EmbeddingLayer(name, module, ("weight",)) for name, module in modules]
+    return layers
+
+
+def head_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weight of a model's LM head, as far as it is known to have one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    weight = getattr(head, "weight", None)
+    return [weight] if isinstance(weight, nn.Parameter) else []
 
 
 def _foreign_modules(model: nn.Module) -> dict[nn.Module, str]:

@@ -120,7 +120,8 @@ class RuleLayer(Layer):
     def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
         if not isinstance(output, torch.Tensor):
             raise TypeError(f"`{self.name}` has a rule, so its output must be one tensor, got {type(output)}.")
-        inputs = [_as_multiplied(x.detach(), output) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        inputs = [x.detach() for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        inputs = [_as_multiplied(sink, x, output) for x in inputs]
         return _RuleOutput.apply(output, self, sink, len(inputs), *inputs, *self.params.values())
 
     def grads(
@@ -172,7 +173,7 @@ class _RuleOutput(torch.autograd.Function):
         return grad_output, None, None, None, *([None] * ctx.num_inputs), *emissions
 
 
-def _as_multiplied(tensor: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+def _as_multiplied(sink: Sink, tensor: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """An input as autocast cast it for the layer's product: half the memory, and on CUDA its fast products."""
     lower = tensor.dtype == torch.float32 and output.dtype in (torch.bfloat16, torch.float16)
-    return tensor.to(output.dtype) if lower else tensor
+    return sink.cast(tensor, output.dtype) if lower else tensor

@@ -111,10 +111,13 @@ class TensorGrads:
             self._held = out
         return out
 
-    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """`sum_i coefficients_i s_i`, in the parameter's whole shape, for coefficients of shape `(k,)`."""
-        coefficients = coefficients.to(self.device)
-        if self._held is not None:
+    def combine(self, coefficients: torch.Tensor | None) -> torch.Tensor:
+        """
+        `sum_i coefficients_i s_i`, in the parameter's whole shape, for coefficients of shape `(k,)`, or `None`: all
+        are one.
+        """
+        coefficients = None if coefficients is None else coefficients.to(self.device)
+        if self._held is not None and coefficients is not None:
             total = (coefficients.to(self.dtype) @ self._held).view(self.shape)
         else:
             total = self.parts[0].combine(coefficients)

@@ -7,15 +7,21 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from ..intra import IntraPROMA
 from ..rules import PROMA, Chain, UpdateRule
 from ..rules.isopo import ISOPO
 from ..validation import check_choice, check_real, check_whole
 
-# What makes a run REINFORCE, which needs no sequence gradients
-REINFORCE_SETTINGS = '`projection="none"` and `isopo="none"`'
+# What makes a run REINFORCE, whose backward pass is an ordinary one
+REINFORCE_SETTINGS = '`projection="none"`, `isopo="none"` and `intra_dim=0`'
 
-# Settings of the projection that ISOPO uses, too
+# Settings of the projection that other methods use, too
 _ALSO_ISOPO = ("projection_memory_budget", "projection_scope", "projection_accumulator_dtype")
+_ALSO_INTRA = ("projection_memory_budget",)
+_ALSO_INTRA_ACCUMULATED = (*_ALSO_INTRA, "projection_accumulator_dtype")
+
+# What the fields of the methods begin with
+_METHODS = ("projection", "isopo", "intra")
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
@@ -87,6 +93,21 @@ class PROMAConfig(GRPOConfig):
         isopo_regularization (`float`, *optional*, defaults to `1.0`):
             Regularization of `isopo`, as a multiple of the running mean of squared gradient lengths. The larger, the
             closer to no transformation.
+        intra_dim (`int`, *optional*, defaults to `0`):
+            Intra-PROMA, the paper's second variant: each microbatch's gradient of a linear layer's weight is projected
+            off the outer product of two subspaces of this dimension, which dominate the layer's inputs and the
+            gradients at its outputs. `0` for none; the paper's best runs have 10. With `projection="none"`, this is
+            Intra-PROMA alone, which needs no sequence gradients and works with every architecture; with another
+            `projection`, both variants act.
+        intra_power_iterations (`int`, *optional*, defaults to `1`):
+            Number of power iterations by which these subspaces are found.
+        intra_strength (`float`, *optional*, defaults to `1.0`):
+            Part of the gradient within the subspaces that is removed, from 0 (nothing) to 1.
+        intra_target (`str`, *optional*, defaults to `"microbatch"`):
+            Which gradient is projected. `"microbatch"`: the microbatch's own. `"accumulated"`: what the optimizer
+            step's earlier microbatches have accumulated.
+        intra_head (`bool`, *optional*, defaults to `True`):
+            Whether the weight of the LM head is among the projected ones.
     """
 
     gradient_accumulation_steps: int = field(
@@ -160,6 +181,34 @@ class PROMAConfig(GRPOConfig):
             "larger, the closer to no transformation."
         },
     )
+    intra_dim: int = field(
+        default=0,
+        metadata={
+            "help": "Intra-PROMA: dimension of the subspaces, of a linear layer's inputs and of the gradients at its "
+            "outputs, that each microbatch's gradient is projected off. `0` for none; the paper's best runs have 10. "
+            "With `projection='none'`, this is Intra-PROMA alone, with another projection both variants act."
+        },
+    )
+    intra_power_iterations: int = field(
+        default=1,
+        metadata={"help": "Number of power iterations by which the subspaces of `intra_dim` are found."},
+    )
+    intra_strength: float = field(
+        default=1.0,
+        metadata={"help": "Part of the gradient within the subspaces that is removed, from 0 (nothing) to 1."},
+    )
+    intra_target: str = field(
+        default="microbatch",
+        metadata={
+            "help": "Which gradient Intra-PROMA projects: `'microbatch'`, the microbatch's own, or `'accumulated'`, "
+            "what the optimizer step's earlier microbatches have accumulated.",
+            "choices": ["microbatch", "accumulated"],
+        },
+    )
+    intra_head: bool = field(
+        default=True,
+        metadata={"help": "Whether Intra-PROMA projects the gradient of the LM head's weight."},
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.projection_bound, float) and self.projection_bound == math.inf:
@@ -199,6 +248,18 @@ class PROMAConfig(GRPOConfig):
             low=sys.float_info.min,
             way_out='To transform nothing, set `isopo="none"`.',
         )
+        for name in ("intra_dim", "intra_power_iterations"):
+            setattr(self, name, check_whole(name, getattr(self, name), low=0))
+        intra = self.intra_settings()
+        self.intra_strength = float(intra.strength)
+        if intra.removes and self.projection_scope == "global":
+            if self._needs_sequences() or intra.target == "accumulated":
+                other = '`intra_target="accumulated"`' if intra.target == "accumulated" else "another method"
+                raise ValueError(
+                    f"`intra_dim={self.intra_dim}` together with {other} is not available with `projection_scope="
+                    '"global"`: Intra-PROMA projects each rank\'s gradient by itself. Set `projection_scope="local"`, '
+                    "or `intra_dim=0`."
+                )
 
     def update_rule(self) -> UpdateRule:
         """The update rule that these settings describe."""
@@ -217,9 +278,32 @@ class PROMAConfig(GRPOConfig):
             strength=self.projection_strength,
         )
 
+    def intra_settings(self) -> IntraPROMA:
+        """The settings of Intra-PROMA."""
+        return IntraPROMA(
+            dim=self.intra_dim,
+            power_iterations=self.intra_power_iterations,
+            strength=self.intra_strength,
+            target=self.intra_target,
+            head=self.intra_head,
+        )
+
+    def acting_methods(self) -> list[UpdateRule | IntraPROMA]:
+        """What makes this run another than REINFORCE, for its name and what it cites. If nothing does, REINFORCE."""
+        rule = self.update_rule()
+        # With one microbatch a step, nothing has been accumulated before it
+        rule = rule.without_accumulated() if self.gradient_accumulation_steps == 1 else rule
+        intra = [self.intra_settings()] if self._intra_acts() else []
+        return intra if intra and rule.is_plain else [*intra, rule]
+
+    def method_name(self) -> str:
+        """What this run's method is called."""
+        return " and ".join(method.name for method in self.acting_methods())
+
     def rule_settings(self) -> list[str]:
         """Names of the settings that make a run what it is, for its model card."""
-        shown = [name for name in vars(self) if self.isopo != "none" and name.startswith("isopo")]
+        acting = [prefix for prefix, acts in (("isopo", self.isopo != "none"), ("intra", self._intra_acts())) if acts]
+        shown = [name for name in vars(self) if name.startswith(tuple(acting))]
         if self.projection == "none":
             return ["projection", *shown]
         if self._projects():
@@ -231,10 +315,14 @@ class PROMAConfig(GRPOConfig):
         messages = []
         changed, projection = self.changed_settings(), self.projection_settings()
         others = [name for name in changed if name.startswith("projection")]
+        intra = self.intra_settings()
         if not projection.removes:
             off = next(n for n in ("projection", "projection_strength", "projection_bound") if not self._acts(n))
-            what = "removes nothing" if self.isopo != "none" else "removes nothing, which is REINFORCE"
+            alone = self.isopo == "none" and not intra.removes
+            what = "removes nothing, which is REINFORCE" if alone else "removes nothing"
             used = _ALSO_ISOPO if self.isopo != "none" else ()
+            if intra.removes:
+                used += _ALSO_INTRA_ACCUMULATED if intra.target == "accumulated" else _ALSO_INTRA
             messages += [
                 f"`{name}={getattr(self, name)!r}` has no effect: `{off}={getattr(self, off)!r}` {what}."
                 for name in others
@@ -244,9 +332,8 @@ class PROMAConfig(GRPOConfig):
             messages.append(
                 f"`projection={self.projection!r}` has no effect with `gradient_accumulation_steps=1`: PROMA projects "
                 "what earlier microbatches of an optimizer step have accumulated, and there are none, so that this "
-                f"run is {self.update_rule().without_accumulated().name}. Set `gradient_accumulation_steps` to 4 or "
-                "more (the default is 16), with a smaller `per_device_train_batch_size` if the batch is to stay the "
-                "same."
+                f"run is {self.method_name()}. Set `gradient_accumulation_steps` to 4 or more (the default is 16), "
+                "with a smaller `per_device_train_batch_size` if the batch is to stay the same."
             )
         if projection.removes and self.projection != "iterative" and "projection_sweeps" in changed:
             messages.append(
@@ -258,20 +345,39 @@ class PROMAConfig(GRPOConfig):
                 f'`isopo_regularization={self.isopo_regularization}` has no effect with `isopo="none"`, which '
                 "transforms nothing."
             )
+        if not intra.removes:
+            off = "intra_dim" if self.intra_dim == 0 else "intra_strength"
+            messages += [
+                f"`{name}={getattr(self, name)!r}` has no effect with `{off}={getattr(self, off)}`: Intra-PROMA "
+                "projects nothing."
+                for name in changed
+                if name.startswith("intra") and name != off
+            ]
+        elif not self._intra_acts():
+            messages.append(
+                '`intra_target="accumulated"` has no effect with `gradient_accumulation_steps=1`: nothing has been '
+                "accumulated before the one microbatch. Set `gradient_accumulation_steps` to 4 or more, or "
+                '`intra_target="microbatch"`.'
+            )
         return messages
 
     def changed_settings(self) -> list[str]:
         """Names of the update rule's settings that differ from their defaults."""
         fields = self.__dataclass_fields__
-        return [
-            n for n, f in fields.items() if n.startswith(("projection", "isopo")) and getattr(self, n) != f.default
-        ]
+        return [n for n, f in fields.items() if n.startswith(_METHODS) and getattr(self, n) != f.default]
 
     def _acts(self, name: str) -> bool:
         return getattr(self, name) not in ("none", 0)
 
     def _projects(self) -> bool:
         return self.projection_settings().removes and self.gradient_accumulation_steps > 1
+
+    def _needs_sequences(self) -> bool:
+        return self.isopo != "none" or self.projection_settings().removes
+
+    def _intra_acts(self) -> bool:
+        intra = self.intra_settings()
+        return intra.removes and (intra.target == "microbatch" or self.gradient_accumulation_steps > 1)
 
     def _refuse_unused(self) -> None:
         if self.loss_type not in LOSS_TYPES:

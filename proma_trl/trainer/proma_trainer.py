@@ -19,6 +19,7 @@ from trl import GRPOTrainer
 from ..accumulation import ProjectedAccumulation
 from ..accumulation.microbatch import Microbatch
 from ..accumulation.sequence_check import random_numbers_kept
+from ..backends import whole_shape
 from ..rules import PROMA
 from .config import PROMAConfig
 from .fused_head import sequence_head
@@ -34,14 +35,14 @@ _RULE_FILE = "update_rule.pt"
 
 
 class _LogAtStart(TrainerCallback):
-    """Logs warnings when a run begins, where its other messages are read."""
+    """Logs messages when a run begins, where its other messages are read."""
 
-    def __init__(self, messages: list[str]):
-        self.messages = messages
+    def __init__(self, level: int, messages: list[str]):
+        self.level, self.messages = level, messages
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         for message in self.messages:
-            logger.warning(message)
+            logger.log(self.level, message)
 
 
 class PROMATrainer(ModelCardMixin, GRPOTrainer):
@@ -109,11 +110,12 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         if not isinstance(args, PROMAConfig):
             raise TypeError(f"`args` must be a `PROMAConfig`, got `{type(args).__name__}`.")
         check_trl()
-        rule = args.update_rule()
-        # With one microbatch a step, nothing has been accumulated before it
-        acting = rule.without_accumulated() if args.gradient_accumulation_steps == 1 else rule
-        self._name, self._tag_names = acting.name, ["trl", *acting.tags, "proma-trl"]
-        self._paper, self._card_papers = acting.papers[0] if acting.papers else {}, acting.papers[1:]
+        acting = args.acting_methods()
+        self._name = args.method_name()
+        tags = dict.fromkeys(tag for method in acting for tag in method.tags)
+        self._tag_names = ["trl", *tags, "proma-trl"]
+        papers = list({paper["id"]: paper for method in acting for paper in method.papers}.values())
+        self._paper, self._card_papers = papers[0] if papers else {}, tuple(papers[1:])
         self._card_settings = args.rule_settings()
         super().__init__(
             model,
@@ -143,12 +145,13 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         if without_effect and self.accelerator.is_main_process:
             for message in without_effect:
                 warnings.warn(message, stacklevel=2)
-            self.add_callback(_LogAtStart(without_effect))
+            self.add_callback(_LogAtStart(logging.WARNING, without_effect))
         # Ratios stay unclipped
         self.epsilon_low = self.epsilon_high = math.inf
         self._checked = False
         self.accumulation: ProjectedAccumulation | None = None
-        if not rule.is_plain:
+        rule, intra = args.update_rule(), args.intra_settings()
+        if intra.removes or not rule.is_plain:
             check_setup(self.accelerator, args.n_gpu, self.model)
             self.accumulation = ProjectedAccumulation(
                 self.model,
@@ -158,7 +161,15 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
                 accelerator=self.accelerator,
                 scope=args.projection_scope,
                 accumulator_dtype=getattr(torch, args.projection_accumulator_dtype),
+                intra_dim=intra.dim,
+                intra_power_iterations=intra.power_iterations,
+                intra_strength=intra.strength,
+                intra_target=intra.target,
+                intra_head=intra.head,
+                seed=args.seed,
             )
+            if intra.removes and self.accelerator.is_main_process:
+                self.add_callback(_LogAtStart(logging.INFO, [self._what_intra_projects()]))
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         training = self.model.training
@@ -184,15 +195,15 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             if not self._checked:
                 self._checked = True
                 self._check_first_microbatch(model, inputs)
-            ones = torch.ones_like(advantages, requires_grad=True)
+            weights = self.accumulation.sequence_weights(advantages).requires_grad_()
             with self.accumulation.capture() as microbatch, self._head(microbatch, inputs):
-                objective = super()._compute_loss(model, {**inputs, "advantages": ones})
-            (shares,) = torch.autograd.grad(objective, ones, retain_graph=True)
+                objective = super()._compute_loss(model, {**inputs, "advantages": weights})
+            (shares,) = torch.autograd.grad(objective, weights, retain_graph=True)
         return self.accumulation.loss(objective, advantages, value=(shares * advantages).sum())
 
     def _head(self, microbatch: Microbatch, inputs: dict[str, Any]) -> AbstractContextManager:
         """The fused LM head, with sequence gradients where these are not simply the microbatch's."""
-        if self.accumulation.microbatch_size == 1:
+        if not self.accumulation.follows_head:
             return nullcontext()
         return sequence_head(microbatch, inputs["completion_ids"].size(1))
 
@@ -206,6 +217,18 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
         with replaced(self, "get_off_policy_mask", mask):
             yield
+
+    def _what_intra_projects(self) -> str:
+        trained = {name: whole_shape(p).numel() for name, p in self.model.named_parameters() if p.requires_grad}
+        names = self.accumulation.projected_names()
+        share = sum(trained[name] for name in names) / sum(trained.values())
+        rest = [name for name in trained if name not in names]
+        shown = ", ".join(f"`{name}`" for name in rest[:8]) + (f" and {len(rest) - 8} more" if rest[8:] else "")
+        what = (
+            f"Intra-PROMA projects the gradients of {len(names)} weights of linear layers, {share:.1%} of what is "
+            "trained."
+        )
+        return f"{what} The other parameters keep their gradients: {shown}." if rest else what
 
     def _check_first_microbatch(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         """Check that TRL's loss, and the model's layers, are what `_projected_loss` takes them for."""
@@ -333,15 +356,13 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         state = {} if self.accumulation is None else self.accumulation.state_dict()
         if state and self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save({"rule": self.accumulation.rule.name, "state": state}, folder / _RULE_FILE)
+            torch.save({"rule": self.accumulation.name, "state": state}, folder / _RULE_FILE)
 
     def _load_rule(self, folder: Path) -> None:
         if self.accumulation is None or not (folder / _RULE_FILE).is_file():
             return
-        saved, name = (
-            torch.load(folder / _RULE_FILE, map_location="cpu", weights_only=True),
-            self.accumulation.rule.name,
-        )
+        saved = torch.load(folder / _RULE_FILE, map_location="cpu", weights_only=True)
+        name = self.accumulation.name
         if saved["rule"] == name:
             self.accumulation.load_state_dict(saved["state"])
         else:

@@ -19,12 +19,14 @@ def settings_without_effect(args: PROMAConfig, accelerator: Accelerator) -> list
         accelerator (`Accelerator`): What will prepare the model.
     """
     messages, rule = args.settings_without_effect(), args.update_rule()
-    if rule.is_plain:
+    intra = args.intra_settings()
+    needs_accumulated = rule.needs_accumulated or (intra.removes and intra.target == "accumulated")
+    if rule.is_plain and not needs_accumulated:
         return messages
     if args.projection_scope == "global" and accelerator.num_processes == 1:
         messages.append('`projection_scope="global"` has no effect with one process: there are no other ranks.')
     keeps_sums = (
-        rule.needs_accumulated
+        needs_accumulated
         and args.projection_scope == "local"
         and is_deepspeed(accelerator)
         and accelerator.state.deepspeed_plugin.zero_stage >= 2

@@ -144,7 +144,7 @@ def test_generated_problems(tmp_path, stub, monkeypatch, own_policy):
     ("options", "message"),
     [
         (["--max_steps", "-1"], "max_steps is not set"),
-        (["--algorithms", "ppo"], "'ppo' is none of proma, grpo"),
+        (["--algorithms", "ppo"], "'ppo' is none of proma, proma_intra, proma_both, grpo"),
         (["--seeds", "1", "1"], r"seeds=\[1, 1\] has to name at least one, and none twice"),
         (["--jobs", "0"], "jobs=0 has to be at least 1"),
     ],

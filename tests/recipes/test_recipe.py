@@ -22,8 +22,16 @@ from support.recipe import (
 from support.tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+CARD_NAMES = {
+    "proma": "PROMA",
+    "proma_intra": "Intra-PROMA",
+    "proma_both": "Intra-PROMA and PROMA",
+    "reinforce": "REINFORCE",
+    "grpo": "GRPO",
+}
 
-@pytest.mark.parametrize("algorithm", ["proma", "reinforce", "grpo"])
+
+@pytest.mark.parametrize("algorithm", CARD_NAMES)
 def test_run(tmp_path, settings, algorithm):
     run = run_recipe("--config", write_config(tmp_path, settings), "--algorithm", algorithm, "--eval_samples", "3")
     assert run.returncode == 0, run.stderr
@@ -43,7 +51,7 @@ def test_run(tmp_path, settings, algorithm):
     assert {"rewards/accuracy_reward/mean", "rewards/format_reward/mean", "loss", "grad_norm"} <= set(train[0])
 
     card = (Path(settings["output_dir"]) / "README.md").read_text()
-    assert f"trained with {algorithm.upper()}" in card
+    assert f"trained with {CARD_NAMES[algorithm]}" in card
     # The card is for others, who do not have this machine's folders.
     assert str(tmp_path) not in card
 
@@ -177,7 +185,7 @@ def test_help_is_complete():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--algorithm", "ppo"], "--algorithm: 'ppo' is none of proma, isopo, reinforce, grpo"),
+        (["--algorithm", "ppo"], "--algorithm: 'ppo' is none of proma, proma_intra, proma_both, isopo, reinforce,"),
         (["--config", "nowhere.yaml"], "--config: there is no file 'nowhere.yaml'"),
     ],
 )
@@ -209,7 +217,7 @@ CONFIGS = [path for path in sorted((ROOT / "recipes" / "configs").glob("*.yaml")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("algorithm", ["proma", "reinforce", "grpo"])
+@pytest.mark.parametrize("algorithm", CARD_NAMES)
 def test_configs_are_valid(tmp_path, config, algorithm):
     # bf16 on a machine without a GPU needs use_cpu.
     arguments = ["--config", str(config), "--algorithm", algorithm, "--use_cpu", "--output_dir", str(tmp_path)]

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,6 +143,30 @@ def sequence_objective(trainer, inputs, i, count):
         return total / (inputs["num_items_in_batch"] * count / args.steps_per_generation)
 
     return objective
+
+
+class Batched:
+    """Calls a model once on a whole microbatch, and answers for its sequences one after another."""
+
+    def __init__(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        self.logits = iter(model(input_ids=ids, attention_mask=mask).logits.split(1))
+
+    def __call__(self, **kwargs):
+        return SimpleNamespace(logits=next(self.logits))
+
+
+def batch_objectives(trainer, inputs, count):
+    """The objectives of a microbatch as one function, for the definition of Intra-PROMA, and what else it takes."""
+
+    def objectives(model):
+        batched = Batched(model, inputs)
+        k = len(inputs["advantages"])
+        return torch.stack([sequence_objective(trainer, inputs, i, count)(batched) for i in range(k)])
+
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    return objectives, inputs["advantages"], mask
 
 
 def definition(trainer, microbatches):

@@ -1,0 +1,261 @@
+"""Intra-PROMA (arXiv 2601.10498 v4), the paper's second variant.
+
+For the weight of a linear layer that a microbatch of N real tokens uses, with inputs X (N, d_in) and gradients G
+(N, d_out) at its outputs, those of the objective at advantages of one:
+
+    Q_a, Q_g   orthonormal bases of dominant subspaces, of dimension d, of the rows of X and of G
+    pg        <-  pg - strength * Q_g (Q_g^T pg Q_a) Q_a^T
+
+where pg is the microbatch's policy gradient. With `target="accumulated"`, what has been accumulated so far is
+projected in the place of pg. None of this needs other microbatches, other ranks, or the gradients of single sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..rules.proma import PAPER
+from ..sequence_grads.forms import Factor, LinearGrads, SequenceGrads, stacked
+from ..torch_internals import StorageCache
+from ..validation import check_choice, check_real, check_whole
+from .noise import SketchNoise, Tokens
+from .subspaces import captured_share, dominant_subspace, fill_up
+
+TARGETS = ("microbatch", "accumulated")
+
+# Weight of a sequence whose advantage is zero, relative to the largest advantage: its part of other gradients is far
+# below their rounding, and its output gradients are still normal numbers.
+_SMALL = 2.0**-40
+_SMALL_FLOAT16 = 2.0**-12
+
+
+@dataclass(frozen=True)
+class IntraPROMA:
+    """
+    Settings of Intra-PROMA.
+
+    Args:
+        dim (`int`, defaults to `10`):
+            d, the dimension of the subspaces; `0` for no projection.
+        power_iterations (`int`, defaults to `1`):
+            Number of power iterations that find them.
+        strength (`float`, defaults to `1.0`):
+            Part of the gradient within the subspaces that is removed, between 0 and 1.
+        target (`str`, defaults to `"microbatch"`):
+            What is projected: `"microbatch"`, the microbatch's policy gradient, or `"accumulated"`, what has been
+            accumulated before it.
+        head (`bool`, defaults to `True`):
+            Whether the weight of the LM head is projected.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    dim: int = 10
+    power_iterations: int = 1
+    strength: float = 1.0
+    target: str = "microbatch"
+    head: bool = True
+
+    name: ClassVar[str] = "Intra-PROMA"
+    tags: ClassVar[tuple[str, ...]] = ("proma", "intra-proma")
+    papers: ClassVar[tuple[dict[str, str], ...]] = (PAPER,)
+
+    def __post_init__(self) -> None:
+        check_whole("intra_dim", self.dim, "With 0, nothing is projected.", low=0)
+        check_whole("intra_power_iterations", self.power_iterations, low=0)
+        check_real("intra_strength", self.strength, "a number between 0 and 1", high=1.0)
+        check_choice("intra_target", self.target, TARGETS)
+        if not isinstance(self.head, bool):
+            raise ValueError(f"`intra_head` must be True or False, got {self.head!r}.")
+
+    @property
+    def removes(self) -> bool:
+        """Whether anything can be removed at all."""
+        return self.dim > 0 and self.strength > 0
+
+
+@dataclass(frozen=True)
+class Subspaces:
+    """
+    The subspaces of one parameter tensor, with orthonormal bases, of which some columns may be zero.
+
+    Attributes:
+        left (`(rows, d)`): In the space of its columns: `Q_g`, where its rows are the layer's outputs.
+        right (`(columns, d)`): In the space of its rows: `Q_a`.
+        strength (`float`): Part of a gradient within the subspaces that is removed.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    strength: float
+
+    def core(self, gradient: torch.Tensor) -> torch.Tensor:
+        """What is to be removed of `gradient`, `(rows, columns)`, in the bases: `(d, d)`."""
+        return self.strength * ((self.left.mT @ gradient.to(self.left.dtype)) @ self.right)
+
+    def subtract(self, core: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Subtract what `core` says from `gradient`, in place."""
+        right = (core @ self.right.mT).to(gradient.dtype)
+        return gradient.addmm_(self.left.to(gradient.dtype), right, alpha=-1)
+
+
+class IntraProjection:
+    """
+    Intra-PROMA on the tensors of one microbatch.
+
+    Args:
+        settings ([`IntraPROMA`]): The settings.
+        key (`Sequence[int]`): What tells the microbatch from others: seed, optimizer step, microbatch, rank.
+        num_sequences (`int`): k.
+        real (`(k, T)`, *optional*): Which tokens are real, by the attention mask. Defaults to all.
+        device (`torch.device`): Where the model's inputs are.
+        weights (`(k,)`, *optional*): Weights of the sequences in the backward pass. Defaults to one.
+        measures (`bool`): Whether the captured shares are measured, which takes one more product with each factor.
+    """
+
+    def __init__(
+        self,
+        settings: IntraPROMA,
+        key: Sequence[int],
+        num_sequences: int,
+        real: torch.Tensor | None,
+        device: torch.device,
+        weights: torch.Tensor | None,
+        measures: bool,
+    ):
+        self.settings = settings
+        self._noise = SketchNoise(key, settings.dim, num_sequences, device)
+        self._num_sequences, self._real, self._device = num_sequences, real, device
+        # Gradients at outputs come multiplied by the sequences' weights
+        unweigh = torch.ones(num_sequences, device=device) if weights is None else _reciprocal(weights)
+        self._unweigh = unweigh.view(-1, 1, 1)
+        self._measures = measures
+        self._tokens: dict[tuple[int, int], Tokens] = {}
+        self._starts: dict[str, torch.Tensor] = {}
+        self._inputs: StorageCache[torch.Tensor] = StorageCache()
+        self._captured: dict[str, list[torch.Tensor]] = {"intra/captured_inputs": [], "intra/captured_grads": []}
+        self._removed_sq: list[torch.Tensor] = []
+        self._gradients_sq: list[torch.Tensor] = []
+
+    def subspaces(self, name: str, parts: Sequence[SequenceGrads]) -> Subspaces | None:
+        """
+        The subspaces of a tensor's inputs and output gradients.
+
+        Args:
+            name (`str`): The tensor's name.
+            parts (`Sequence[SequenceGrads]`): The sequence gradients of its uses. Those in linear layers count, as one
+                layer with the tokens of all.
+
+        Returns:
+            [`Subspaces`] or `None`: `None` for a tensor that is no linear layer's weight.
+        """
+        linear = [part for part in parts if isinstance(part, LinearGrads)]
+        if not linear:
+            return None
+        left, right = zip(*(part.factors() for part in linear), strict=True)
+        if linear[0].inputs == "left":
+            return Subspaces(self._of_inputs(name, left), self._of_gradients(name, right), self.settings.strength)
+        return Subspaces(self._of_gradients(name, left), self._of_inputs(name, right), self.settings.strength)
+
+    def first_rows(self, name: str, first: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """
+        What the gradients at a layer's outputs, the tokens `first:first + length` of each sequence, are multiplied by
+        first: noise, over the sequences' weights, `(k, length, d')`.
+        """
+        if name not in self._starts:
+            noise = self._noise(name, self._of_tokens(first, length), dtype)
+            self._starts[name] = fill_up(noise) * self._unweigh.to(dtype)
+        return self._starts[name]
+
+    def remove(self, subspaces: Subspaces, gradient: torch.Tensor) -> torch.Tensor:
+        """Project `gradient` in place, and note it for the metrics. Returns the core of what was removed."""
+        core = subspaces.core(gradient)
+        self._removed_sq.append(core.square().sum())
+        self._gradients_sq.append(torch.linalg.vector_norm(gradient, dtype=core.dtype).square())
+        subspaces.subtract(core, gradient)
+        return core
+
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            `dict[str, torch.Tensor]`: `intra/norm_ratio`: norm of what was removed over the norm of the gradient that
+            it was removed from, all projected tensors together; `intra/captured_inputs` and `intra/captured_grads`:
+            share of the squared norm of X and of G in the subspaces, averaged over layers.
+        """
+        found = {name: torch.stack(shares).mean() for name, shares in self._captured.items() if shares}
+        if self._removed_sq:
+            removed, total = torch.stack(self._removed_sq).sum(), torch.stack(self._gradients_sq).sum()
+            found["intra/norm_ratio"] = (removed / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt()
+        return found
+
+    def _of_inputs(self, name: str, factors: Sequence[Factor]) -> torch.Tensor:
+        if len(factors) > 1 or factors[0].source is None:
+            return self._basis("intra/captured_inputs", *self._stack_inputs(name, factors))
+        source = factors[0].source
+        basis = self._inputs.get(source)
+        if basis is None:
+            basis = self._basis("intra/captured_inputs", *self._stack_inputs(name, factors))
+            self._inputs.put(source, basis)
+        return basis
+
+    def _stack_inputs(self, name: str, factors: Sequence[Factor]) -> tuple[Factor, torch.Tensor, torch.Tensor]:
+        tokens = [self._of_tokens(factor.first_token, factor.num_tokens) for factor in factors]
+        weights = torch.cat([t.real for t in tokens], 1).to(factors[0].dtype)
+        noise = torch.cat([self._noise(_use(name, i), t, weights.dtype) for i, t in enumerate(tokens)], 1)
+        return stacked(factors), fill_up(noise) * weights, weights
+
+    def _of_gradients(self, name: str, factors: Sequence[Factor]) -> torch.Tensor:
+        dtype = factors[0].dtype
+        starts = [self.first_rows(_use(name, i), f.first_token, f.num_tokens, dtype) for i, f in enumerate(factors)]
+        rows = starts[0] if len(starts) == 1 else torch.cat(starts, 1)
+        return self._basis("intra/captured_grads", stacked(factors), rows, self._unweigh.to(dtype))
+
+    def _basis(self, metric: str, factor: Factor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        basis = dominant_subspace(factor, rows, weights, self.settings.power_iterations)
+        if self._measures:
+            self._captured[metric].append(captured_share(factor, basis, weights))
+        return basis
+
+    def _of_tokens(self, first: int, length: int) -> Tokens:
+        key = (first, length)
+        if key not in self._tokens:
+            self._tokens[key] = self._find_tokens(*key)
+        return self._tokens[key]
+
+    def _find_tokens(self, first: int, length: int) -> Tokens:
+        stop, real = first + length, self._real
+        # Some layers see several rows a token, one after another: each head's
+        if real is not None and first == 0 and length % real.shape[1] == 0:
+            real = real.repeat_interleave(length // real.shape[1], 1)
+        if real is None or real.shape[1] < stop:
+            places = torch.arange(first, stop, device=self._device).expand(self._num_sequences, -1)
+            return Tokens(places, torch.ones((self._num_sequences, length, 1), device=self._device), stop)
+        places = real.cumsum(1).sub_(1).clamp_(min=0)
+        return Tokens(places[:, first:stop], real[:, first:stop].unsqueeze(-1), stop)
+
+
+def sequence_weights(advantages: torch.Tensor, precision: torch.dtype | None) -> torch.Tensor:
+    """
+    Weights of the sequences, `(k,)`, in a backward pass that gives all parameters the policy gradient at once: their
+    advantages. A sequence with an advantage of zero takes part with a weight so small that it changes no gradient, as
+    its output gradients count for the subspaces like any other's.
+
+    Args:
+        advantages (`(k,)`): The advantages.
+        precision (`torch.dtype` or `None`): What the passes are autocast to.
+    """
+    small = (_SMALL_FLOAT16 if precision == torch.float16 else _SMALL) * advantages.abs().amax()
+    return torch.where(advantages == 0, small, advantages)
+
+
+def _reciprocal(weights: torch.Tensor) -> torch.Tensor:
+    return torch.where(weights == 0, 0, 1 / torch.where(weights == 0, 1, weights))
+
+
+def _use(name: str, index: int) -> str:
+    return name if index == 0 else f"{name}#{index}"

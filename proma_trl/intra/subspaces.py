@@ -1,0 +1,76 @@
+"""Dominant subspaces of tall matrices by randomized subspace iteration: pure functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..sequence_grads.forms import Factor
+
+# Products with matrices of 16 columns are several times as fast as with 10: sketches are filled up with zero columns
+_COLUMNS = 16
+
+
+def fill_up(noise: torch.Tensor) -> torch.Tensor:
+    """`(..., d)` with zero columns at the end, which change no result and make products fast."""
+    return nn.functional.pad(noise, (0, -noise.shape[-1] % _COLUMNS))
+
+
+def dominant_subspace(factor: Factor, rows: torch.Tensor, weights: torch.Tensor, iterations: int) -> torch.Tensor:
+    """
+    An orthonormal basis of a subspace that holds most of the rows of a matrix (arXiv 2601.10498 v4): `orth(Y)` with
+    `Y = X^T noise`, and then, `iterations` times, `Y = X^T (X Y)`. Only the span of a sketch matters, so it is
+    orthonormalized between products, which keeps small singular directions above the rounding of large ones.
+
+    Args:
+        factor ([`Factor`]): k times N rows of size n.
+        rows (`(k, N, d)`): A standard normal matrix, its rows multiplied by `weights`.
+        weights (`(k, N or 1, 1)`): X is the factor, its rows multiplied by these.
+        iterations (`int`): Number of power iterations.
+
+    Returns:
+        `(n, d')`: Orthonormal columns and zero columns. There are as many orthonormal ones as X has independent rows,
+        at most d.
+    """
+    for _ in range(iterations):
+        rows = factor.sweep(rows, orthonormalize) * weights
+        # `X^T rows` is the factor's product with the rows weighted once more
+        rows = orthonormalize(rows.flatten(0, 1)).view_as(rows) * weights
+    return orthonormalize(factor.transpose_times(rows))
+
+
+def captured_share(factor: Factor, basis: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Share of the squared norm of the factor's weighted rows that lies in the span of `basis`, a scalar."""
+    captured = (factor.times(basis) * weights).square().sum()
+    total = (factor.norms_sq() * weights.squeeze(-1).square()).sum()
+    return captured / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def orthonormalize(columns: torch.Tensor) -> torch.Tensor:
+    """
+    Columns with the same span that are orthonormal, or zero where they depend on those before them.
+
+    A Cholesky factorization of the d x d Gram matrix in float64 takes the place of QR. It neither iterates over
+    columns nor makes the host wait for the device.
+
+    Args:
+        columns (`(n, d)`): Any columns, zero and parallel ones among them.
+
+    Returns:
+        `(n, d)`: In the same dtype.
+    """
+    wide = columns.to(torch.float32 if columns.device.type == "mps" else torch.float64)
+    eps = torch.finfo(wide.dtype).eps
+    gram = wide.mT @ wide
+    lengths_sq = gram.diagonal().clone()
+    longest_sq = lengths_sq.amax().clamp(min=torch.finfo(wide.dtype).tiny)
+    # A little more than rounding takes away from the diagonal, so that the factorization exists. Zero columns stay
+    # zero, whatever they are divided by.
+    gram.diagonal().copy_(torch.where(lengths_sq > 0, lengths_sq * (1 + 4 * len(gram) * eps), longest_sq))
+    triangle, _ = torch.linalg.cholesky_ex(gram)
+    # On the diagonal: each column's distance from the span of those before it
+    tolerance = max(16 * torch.finfo(columns.dtype).eps, 64 * eps**0.5)
+    kept = triangle.diagonal().square() > tolerance**2 * longest_sq
+    identity = torch.eye(len(gram), dtype=wide.dtype, device=wide.device)
+    inverse = torch.linalg.solve_triangular(triangle, identity, upper=False)
+    return (wide @ torch.where(kept, inverse.mT, 0)).to(columns.dtype)
