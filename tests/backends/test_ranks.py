@@ -62,7 +62,7 @@ DEEPSPEED_SETTINGS = {
 def test_deepspeeds_settings_change_nothing(zero, tmp_path):
     settings = {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
     config = deepspeed_file(tmp_path, DEEPSPEED_SETTINGS[zero], **settings)
-    names = ["llama-untied-local", "qwen3-tied-global", "qwen3-tied-lora-local-checkpointing"]
+    names = ["llama-untied-local", "qwen3-tied-global", "qwen3-tied-lora-local-checkpointing", "qwen3-tied-intra"]
     for name, folder in run_cases(tmp_path, config, {name: CASES[name] for name in names}).items():
         assert_the_definitions(CASES[name], folder)
 
@@ -103,16 +103,16 @@ def test_resuming_ends_with_the_same_weights(backend, tmp_path):
     """Also where the checkpoint falls between two optimizer steps on one generation."""
     args = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "steps_per_generation": 6, "seed": 3}
     args |= {"model_init_kwargs": {"dtype": "float32"}, "per_device_train_batch_size": 2}
+    kinds = {"full": {"args": args}, "lora": {"args": args, "lora": True}, "intra": {"args": {**args, "intra_dim": 3}}}
     cases = {}
-    for lora in (False, True):
-        whole = f"whole-{lora}"
-        cases[whole] = {"model": "qwen3-tied", "lora": lora, "args": args}
-        checkpoint = tmp_path / whole / "run" / "checkpoint-1"
-        cases[f"resumed-{lora}"] = {**cases[whole], "resume": str(checkpoint)}
+    for kind, case in kinds.items():
+        cases[f"whole-{kind}"] = {"model": "qwen3-tied", **case}
+        checkpoint = tmp_path / f"whole-{kind}" / "run" / "checkpoint-1"
+        cases[f"resumed-{kind}"] = {**cases[f"whole-{kind}"], "resume": str(checkpoint)}
     folders = run_cases(tmp_path, accelerate_config(BACKENDS[backend][0], tmp_path), cases)
-    for lora in (False, True):
-        name = "adapter_model.safetensors" if lora else "model.safetensors"
-        whole, resumed = (load_file(folders[f"{run}-{lora}"] / "trained" / name) for run in ("whole", "resumed"))
+    for kind in kinds:
+        name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+        whole, resumed = (load_file(folders[f"{run}-{kind}"] / "trained" / name) for run in ("whole", "resumed"))
         for key, value in whole.items():
             assert torch.equal(value, resumed[key]), key
 

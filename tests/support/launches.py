@@ -14,8 +14,8 @@ from accelerate.utils import is_deepspeed_available
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from support import oracle
-from support.harness import LORA, TOKENIZER, make_args, make_model, sequence_objective
+from support import intra, oracle
+from support.harness import LORA, TOKENIZER, batch_objectives, make_args, make_model, sequence_objective
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "tests" / "support"
@@ -102,7 +102,23 @@ def wanted(case, folder, model, ranks, **settings):
     if args.projection_scope == "global":
         unions = zip(*accumulations, strict=True)
         accumulations = [[([f for fs, _ in union for f in fs], torch.cat([a for _, a in union])) for union in unions]]
-    found = [oracle.accumulate(model, microbatches, **settings) for microbatches in accumulations]
+    return average([oracle.accumulate(model, microbatches, **settings) for microbatches in accumulations], args)
+
+
+def wanted_of_intra(case, folder, model, ranks, step, head):
+    """The definition: the mean over ranks of what each makes of its own sequences, with its own random numbers."""
+    args = make_args(folder / "unused", **case["args"])
+    trainer = SimpleNamespace(args=args, temperature=args.temperature)
+    found = []
+    for rank, microbatches in enumerate(ranks):
+        batches = [batch_objectives(trainer, inputs, len(microbatches)) for inputs in microbatches]
+        settings = {"dim": args.intra_dim, "target": args.intra_target, "method": args.projection, "seed": args.seed}
+        found.append(intra.accumulate(model, batches, rank=rank, step=step, fused_head=head, **settings))
+    return average(found, args)
+
+
+def average(found, args):
+    """The mean over ranks, clipped."""
     grads = {name: sum(grads[name] for grads in found) / RANKS for name in found[0]}
     norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
     scale = min(1.0, args.max_grad_norm / norm.item()) if args.max_grad_norm else 1.0
@@ -127,8 +143,13 @@ def assert_the_definitions(case, folder, tolerance=1e-5, **settings):
     found, total = change(case, folder, model), {}
     model.double()
     isopo = oracle.Isopo(case["args"]["isopo"]) if "isopo" in case["args"] else None
-    for ranks in steps(folder):
-        grads = wanted(case, folder, model, ranks, weigh=isopo, **settings)
+    for step, ranks in enumerate(steps(folder)):
+        if "intra_dim" in case["args"]:
+            tied = "qwen3" in case["model"]
+            head = None if case["lora"] else "model.embed_tokens.weight" if tied else "lm_head.weight"
+            grads = wanted_of_intra(case, folder, model, ranks, step, head)
+        else:
+            grads = wanted(case, folder, model, ranks, weigh=isopo, **settings)
         if isopo is not None:
             isopo.end_step()
         with torch.no_grad():
@@ -180,6 +201,22 @@ CASES = {
         ("qwen3-tied", False, "-isopo", {"isopo": "natural", **TWO_STEPS}),
         ("qwen3-tied", True, "-isopo", {"isopo": "fisher", **TWO_STEPS, "learning_rate": 1.0}),
         ("llama-untied", False, "-isopo-alone", {"isopo": "norm", "projection": "none", **TWO_STEPS}),
+    )
+}
+CASES |= {
+    f"{model}{'-lora' if lora else ''}-intra{suffix}": {
+        "model": model,
+        "lora": lora,
+        "args": {**STEP, "intra_dim": 3, "projection": "none", **extra},
+    }
+    for model, lora, suffix, extra in (
+        ("qwen3-tied", False, "", {**TWO_STEPS, "gradient_checkpointing": True}),
+        ("qwen3-tied", True, "", {}),
+        ("llama-untied", False, "-budget", {"projection_memory_budget": 1e-5}),
+        ("llama-untied", False, "-accumulated", {"intra_target": "accumulated"}),
+        ("qwen3-tied", False, "-both", {"projection": "iterative"}),
+        ("qwen3-tied", True, "-both-single", {"projection": "exact", "per_device_train_batch_size": 1}),
+        ("llama-untied", False, "-single", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}),
     )
 }
 BACKENDS = {
