@@ -214,8 +214,8 @@ class ProjectedAccumulation:
         if self.intra is None:
             return []
         layers = plan_linear_layers(self.model, self.intra.head)
-        weights = {layer.module.weight for layer in layers}
-        return [name for name, param in self._trainable() if param in weights]
+        projected = {matrix for layer in layers for matrix in layer.matrices}
+        return [name for name, param in self._trainable() if param in projected]
 
     def check_sequences(
         self, objective: Callable[[torch.Tensor, Microbatch | None], torch.Tensor], num_sequences: int

@@ -140,7 +140,8 @@ class ModelHooks:
         if grad is None or microbatch is None or microbatch.phase is not Phase.BACKWARD:
             return grad
         if not microbatch.follows(leaf) and self._optional:
-            return microbatch.receive_whole(leaf, name, grad) if self._needs_sequences else grad
+            changes = self._needs_sequences or microbatch.is_projected(leaf)
+            return microbatch.receive_whole(leaf, name, grad) if changes else grad
         microbatch.check_emitted(leaf, name, grad)
         return None
 

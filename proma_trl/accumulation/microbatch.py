@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -14,6 +14,7 @@ from ..backends import Backend, is_distributed, whole_shape
 from ..intra import IntraPROMA
 from ..intra.intra_proma import IntraProjection, Subspaces, sequence_weights
 from ..rules import InnerProducts, UpdateRule
+from ..sequence_grads.experts import ExpertFactors
 from ..sequence_grads.forms import Dense, SequenceGrads, sum_dtype
 from ..sequence_grads.layer import ONE_SEQUENCE
 from ..sequence_grads.tensor import Scratch, TensorGrads
@@ -124,6 +125,7 @@ class Microbatch:
         self._real: torch.Tensor | None = None
         self._device = torch.device("cpu")
         self._intra: IntraProjection | None = None
+        self._experts: defaultdict[nn.Parameter, list[Subspaces]] = defaultdict(list)
         self._cast: StorageCache[torch.Tensor] = StorageCache()
 
     # The forward pass
@@ -262,7 +264,10 @@ class Microbatch:
         return self._emit(param, owner) if self._remaining[owner] <= 0 else None
 
     def receive_whole(self, leaf: nn.Parameter, name: str, grad: torch.Tensor) -> torch.Tensor:
-        """With one sequence, a parameter's gradient is that of the sequence. Returns what to emit in its place."""
+        """
+        Take the gradient that autograd computed for a leaf: with one sequence, that of the sequence; or, where single
+        sequences are not needed, that of all. Returns what to emit in its place.
+        """
         self.engine.backend.check_leaf_gradient(name, grad)
         param = self.engine.backend.owner(leaf)
         if param in self._emitted:
@@ -274,6 +279,16 @@ class Microbatch:
             )
         self._parts[param].append(Dense(grad.reshape(1, *(grad.shape or (1,)))))
         return self._emit(leaf, param)
+
+    def receive_experts(self, param: nn.Parameter, experts: ExpertFactors) -> None:
+        """Take what shapes the subspaces of some experts of a mixture, before the gradient of `param` is there."""
+        owner = self.engine.backend.owner(param)
+        if self._intra is not None:
+            self._experts[owner].append(self._intra.experts_subspaces(self.engine.names[owner], experts))
+
+    def is_projected(self, leaf: nn.Parameter) -> bool:
+        """Whether the gradient that autograd computes for a leaf must be projected."""
+        return self.engine.backend.owner(leaf) in self._experts
 
     def check_emitted(self, leaf: nn.Parameter, name: str, grad: torch.Tensor) -> None:
         """
@@ -323,6 +338,7 @@ class Microbatch:
         """An exception ended its backward pass."""
         self.phase = Phase.DONE
         self._parts.clear()
+        self._experts.clear()
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """What the rule logs about the backward pass: scalars by name."""
@@ -340,7 +356,7 @@ class Microbatch:
         ranges = grads.ranges
         with torch.no_grad(), torch.autocast(leaf.device.type, enabled=False):
             subspaces = self._subspaces(param, grads)
-            if subspaces is None:
+            if not subspaces:
                 emission = self._combined(leaf, param, grads)
             elif self.engine.intra.target == "accumulated":
                 emission = self._combined_off_accumulated(leaf, param, grads, subspaces)
@@ -366,7 +382,7 @@ class Microbatch:
         return grads.combine(coefficients[self.engine.accumulator.own])
 
     def _combined_off_microbatch(
-        self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, subspaces: Subspaces
+        self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, subspaces: Sequence[Subspaces]
     ) -> torch.Tensor:
         """The policy gradient, off the subspaces, and what the rule removes, relative to what is left of it."""
         rule, own = self.engine.rule, self.engine.accumulator.own
@@ -385,24 +401,26 @@ class Microbatch:
         return emission.add_(grads.combine((coefficients - policy)[own]))
 
     def _combined_off_accumulated(
-        self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, subspaces: Subspaces
+        self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, subspaces: Sequence[Subspaces]
     ) -> torch.Tensor:
         """What has been accumulated is projected off the subspaces first."""
         acc = self.engine.accumulator.accumulated(param)
         if acc is None:
             return self._combined(leaf, param, grads)
         rest = acc.to(grads.dtype, copy=True).view(grads.shape)
-        core = self._intra.remove(subspaces, rest)
-        return subspaces.subtract(core, self._combined(leaf, param, grads, rest))
+        self._intra.remove(subspaces, rest)
+        return self._combined(leaf, param, grads, rest) + (rest - acc.view(grads.shape))
 
     @property
     def _policy(self) -> torch.Tensor | None:
         """Coefficients of the policy gradient; `None` where the backward pass has weighted the sequences with them."""
         return self.advantages if self.weights is None else None
 
-    def _subspaces(self, param: nn.Parameter, grads: TensorGrads) -> Subspaces | None:
+    def _subspaces(self, param: nn.Parameter, grads: TensorGrads) -> Sequence[Subspaces]:
         name = self.engine.names[param]
-        return self._intra.subspaces(name, grads.parts) if self._projects(name) else None
+        if not self._projects(name):
+            return []
+        return self._experts.pop(param, None) or self._intra.subspaces(name, grads.parts)
 
     def _projects(self, name: str) -> bool:
         return self._intra is not None and name not in self.engine.intra_excluded

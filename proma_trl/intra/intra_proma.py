@@ -19,11 +19,12 @@ from typing import ClassVar
 import torch
 
 from ..rules.proma import PAPER
-from ..sequence_grads.forms import Factor, LinearGrads, SequenceGrads, stacked
+from ..sequence_grads.experts import ExpertFactors
+from ..sequence_grads.forms import BatchedFactor, Factor, LinearGrads, SequenceGrads, StackedFactor, TokenFactor
 from ..torch_internals import StorageCache
 from ..validation import check_choice, check_real, check_whole
 from .noise import SketchNoise, Tokens
-from .subspaces import captured_share, dominant_subspace, fill_up
+from .subspaces import captured_share, dominant_subspace
 
 TARGETS = ("microbatch", "accumulated")
 
@@ -82,26 +83,30 @@ class IntraPROMA:
 @dataclass(frozen=True)
 class Subspaces:
     """
-    The subspaces of one parameter tensor, with orthonormal bases, of which some columns may be zero.
+    The subspaces of a parameter tensor, or of each of a batch `...` of matrices that it holds from place `first` on,
+    with orthonormal bases, of which some columns may be zero.
 
     Attributes:
-        left (`(rows, d)`): In the space of its columns: `Q_g`, where its rows are the layer's outputs.
-        right (`(columns, d)`): In the space of its rows: `Q_a`.
+        left (`(..., rows, d)`): In the space of its columns: `Q_g`, where its rows are the layer's outputs.
+        right (`(..., columns, d)`): In the space of its rows: `Q_a`.
         strength (`float`): Part of a gradient within the subspaces that is removed.
+        first (`int`): Place of the first matrix.
     """
 
     left: torch.Tensor
     right: torch.Tensor
     strength: float
+    first: int = 0
 
-    def core(self, gradient: torch.Tensor) -> torch.Tensor:
-        """What is to be removed of `gradient`, `(rows, columns)`, in the bases: `(d, d)`."""
-        return self.strength * ((self.left.mT @ gradient.to(self.left.dtype)) @ self.right)
-
-    def subtract(self, core: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Subtract what `core` says from `gradient`, in place."""
-        right = (core @ self.right.mT).to(gradient.dtype)
-        return gradient.addmm_(self.left.to(gradient.dtype), right, alpha=-1)
+    def remove_from(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Project a gradient of the tensor in place. Returns the squared norm of what was removed, a scalar."""
+        if self.left.dim() == 3:
+            gradient = gradient[self.first : self.first + len(self.left)]
+        core = self.strength * ((self.left.mT @ gradient.to(self.left.dtype)) @ self.right)
+        left, right = self.left.to(gradient.dtype), (core @ self.right.mT).to(gradient.dtype)
+        subtract = torch.Tensor.addmm_ if gradient.dim() == 2 else torch.Tensor.baddbmm_
+        subtract(gradient, left, right, alpha=-1)
+        return core.square().sum()
 
 
 class IntraProjection:
@@ -142,7 +147,7 @@ class IntraProjection:
         self._removed_sq: list[torch.Tensor] = []
         self._gradients_sq: list[torch.Tensor] = []
 
-    def subspaces(self, name: str, parts: Sequence[SequenceGrads]) -> Subspaces | None:
+    def subspaces(self, name: str, parts: Sequence[SequenceGrads]) -> list[Subspaces]:
         """
         The subspaces of a tensor's inputs and output gradients.
 
@@ -152,33 +157,44 @@ class IntraProjection:
                 layer with the tokens of all.
 
         Returns:
-            [`Subspaces`] or `None`: `None` for a tensor that is no linear layer's weight.
+            `list` of [`Subspaces`]: Empty for a tensor that is no linear layer's weight.
         """
         linear = [part for part in parts if isinstance(part, LinearGrads)]
         if not linear:
-            return None
+            return []
         left, right = zip(*(part.factors() for part in linear), strict=True)
         if linear[0].inputs == "left":
-            return Subspaces(self._of_inputs(name, left), self._of_gradients(name, right), self.settings.strength)
-        return Subspaces(self._of_gradients(name, left), self._of_inputs(name, right), self.settings.strength)
+            return [Subspaces(self._of_inputs(name, left), self._of_gradients(name, right), self.settings.strength)]
+        return [Subspaces(self._of_gradients(name, left), self._of_inputs(name, right), self.settings.strength)]
+
+    def experts_subspaces(self, name: str, experts: ExpertFactors) -> Subspaces:
+        """The subspaces of some experts' inputs and output gradients, each expert a layer with its own tokens."""
+        dtype = experts.inputs.dtype
+        flat = experts.rows.flatten()
+        tokens = self._of_tokens(0, experts.num_tokens)
+        noise = self._noise(name, tokens, dtype).flatten(0, 1)[flat].view(*experts.rows.shape, -1)
+        used = experts.used.unsqueeze(-1).to(dtype)
+        real = tokens.real.flatten()[flat].view_as(used).to(dtype) * used
+        unweigh = self._unweigh.expand(-1, experts.num_tokens, -1).flatten()[flat].view_as(used).to(dtype) * used
+        inputs = self._basis("intra/captured_inputs", BatchedFactor(experts.inputs), noise * real, real)
+        grads = self._basis("intra/captured_grads", BatchedFactor(experts.grads), noise * unweigh, unweigh)
+        left, right = (inputs, grads) if experts.transposed else (grads, inputs)
+        return Subspaces(left, right, self.settings.strength, experts.first)
 
     def first_rows(self, name: str, first: int, length: int, dtype: torch.dtype) -> torch.Tensor:
         """
         What the gradients at a layer's outputs, the tokens `first:first + length` of each sequence, are multiplied by
-        first: noise, over the sequences' weights, `(k, length, d')`.
+        first: noise, over the sequences' weights, `(k * length, d)`.
         """
         if name not in self._starts:
             noise = self._noise(name, self._of_tokens(first, length), dtype)
-            self._starts[name] = fill_up(noise) * self._unweigh.to(dtype)
+            self._starts[name] = (noise * self._unweigh.to(dtype)).flatten(0, 1)
         return self._starts[name]
 
-    def remove(self, subspaces: Subspaces, gradient: torch.Tensor) -> torch.Tensor:
-        """Project `gradient` in place, and note it for the metrics. Returns the core of what was removed."""
-        core = subspaces.core(gradient)
-        self._removed_sq.append(core.square().sum())
-        self._gradients_sq.append(torch.linalg.vector_norm(gradient, dtype=core.dtype).square())
-        subspaces.subtract(core, gradient)
-        return core
+    def remove(self, subspaces: Sequence[Subspaces], gradient: torch.Tensor) -> None:
+        """Project `gradient` in place, and note it for the metrics."""
+        self._gradients_sq.append(torch.linalg.vector_norm(gradient, dtype=subspaces[0].left.dtype).square())
+        self._removed_sq += [part.remove_from(gradient) for part in subspaces]
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """
@@ -193,32 +209,35 @@ class IntraProjection:
             found["intra/norm_ratio"] = (removed / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt()
         return found
 
-    def _of_inputs(self, name: str, factors: Sequence[Factor]) -> torch.Tensor:
-        if len(factors) > 1 or factors[0].source is None:
-            return self._basis("intra/captured_inputs", *self._stack_inputs(name, factors))
-        source = factors[0].source
-        basis = self._inputs.get(source)
+    def _of_inputs(self, name: str, factors: Sequence[TokenFactor]) -> torch.Tensor:
+        source = factors[0].source if len(factors) == 1 else None
+        basis = None if source is None else self._inputs.get(source)
         if basis is None:
-            basis = self._basis("intra/captured_inputs", *self._stack_inputs(name, factors))
-            self._inputs.put(source, basis)
+            tokens = [self._of_tokens(factor.first_token, factor.num_tokens) for factor in factors]
+            real = torch.cat([t.real.flatten(0, 1) for t in tokens]).to(factors[0].dtype)
+            noise = [self._noise(_use(name, i), t, real.dtype).flatten(0, 1) for i, t in enumerate(tokens)]
+            rows = noise[0] if len(noise) == 1 else torch.cat(noise)
+            basis = self._basis("intra/captured_inputs", self._stacked(factors), rows, real)
+            if source is not None:
+                self._inputs.put(source, basis)
         return basis
 
-    def _stack_inputs(self, name: str, factors: Sequence[Factor]) -> tuple[Factor, torch.Tensor, torch.Tensor]:
-        tokens = [self._of_tokens(factor.first_token, factor.num_tokens) for factor in factors]
-        weights = torch.cat([t.real for t in tokens], 1).to(factors[0].dtype)
-        noise = torch.cat([self._noise(_use(name, i), t, weights.dtype) for i, t in enumerate(tokens)], 1)
-        return stacked(factors), fill_up(noise) * weights, weights
-
-    def _of_gradients(self, name: str, factors: Sequence[Factor]) -> torch.Tensor:
+    def _of_gradients(self, name: str, factors: Sequence[TokenFactor]) -> torch.Tensor:
         dtype = factors[0].dtype
-        starts = [self.first_rows(_use(name, i), f.first_token, f.num_tokens, dtype) for i, f in enumerate(factors)]
-        rows = starts[0] if len(starts) == 1 else torch.cat(starts, 1)
-        return self._basis("intra/captured_grads", stacked(factors), rows, self._unweigh.to(dtype))
+        rows = [self.first_rows(_use(name, i), f.first_token, f.num_tokens, dtype) for i, f in enumerate(factors)]
+        # The very tensor, if there is one only: a sweep of it may have been made
+        rows = rows[0] if len(rows) == 1 else torch.cat(rows)
+        weights = [self._unweigh.expand(-1, factor.num_tokens, -1).flatten(0, 1) for factor in factors]
+        return self._basis("intra/captured_grads", self._stacked(factors), rows, torch.cat(weights).to(dtype))
+
+    def _stacked(self, factors: Sequence[TokenFactor]) -> Factor:
+        lengths = [self._num_sequences * factor.num_tokens for factor in factors]
+        return factors[0] if len(factors) == 1 else StackedFactor(factors, lengths)
 
     def _basis(self, metric: str, factor: Factor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         basis = dominant_subspace(factor, rows, weights, self.settings.power_iterations)
         if self._measures:
-            self._captured[metric].append(captured_share(factor, basis, weights))
+            self._captured[metric].append(captured_share(factor, basis, weights).mean())
         return basis
 
     def _of_tokens(self, first: int, length: int) -> Tokens:

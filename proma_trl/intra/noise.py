@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .subspaces import fill_up
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -35,7 +37,7 @@ class SketchNoise:
 
     Args:
         key (`Sequence[int]`): What tells one microbatch from another: seed, optimizer step, microbatch, rank.
-        dim (`int`): d, how many numbers a token has.
+        dim (`int`): How many numbers a token has. They are filled up to d with zeros.
         num_sequences (`int`): k.
         device (`torch.device`): Where they are needed.
     """
@@ -50,7 +52,7 @@ class SketchNoise:
         self._pairs: dict[int, tuple[Tokens, torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, name: str, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
-        """The numbers of some tokens for the tensor `name`, `(k, N, d)`."""
+        """The numbers of some tokens for the tensor `name`, `(k, N, d)`: zero for those that are not real."""
         if id(tokens) not in self._pairs:
             self._pairs[id(tokens)] = (tokens, *self._draw(tokens))
         _, left, right = self._pairs[id(tokens)]
@@ -62,9 +64,9 @@ class SketchNoise:
         generator = torch.Generator().manual_seed(self._seed)
         # The first numbers are the same, however many follow, as long as their count is a multiple of 16
         shape = (math.ceil(tokens.limit / 16) * 16, 2, self._num_sequences, self._dim)
-        drawn = torch.randn(shape, generator=generator)
+        drawn = fill_up(torch.randn(shape, generator=generator))
         if self._device.type == "cuda":
             drawn = drawn.pin_memory().to(self._device, non_blocking=True)
         left, right = drawn.to(self._device).unbind(1)
-        places = tokens.places.T.unsqueeze(-1).expand(-1, -1, self._dim)
-        return left.gather(0, places).transpose(0, 1), right.gather(0, places).transpose(0, 1)
+        places = tokens.places.T.unsqueeze(-1).expand(-1, -1, left.shape[-1])
+        return tuple(x.gather(0, places).transpose(0, 1) * tokens.real for x in (left, right))

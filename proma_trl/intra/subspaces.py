@@ -23,26 +23,26 @@ def dominant_subspace(factor: Factor, rows: torch.Tensor, weights: torch.Tensor,
     orthonormalized between products, which keeps small singular directions above the rounding of large ones.
 
     Args:
-        factor ([`Factor`]): k times N rows of size n.
-        rows (`(k, N, d)`): A standard normal matrix, its rows multiplied by `weights`.
-        weights (`(k, N or 1, 1)`): X is the factor, its rows multiplied by these.
+        factor ([`Factor`]): R rows of size n, or a batch `...` of as many.
+        rows (`(..., R, d)`): A standard normal matrix, its rows multiplied by `weights`.
+        weights (`(..., R, 1)`): X is the factor, its rows multiplied by these.
         iterations (`int`): Number of power iterations.
 
     Returns:
-        `(n, d')`: Orthonormal columns and zero columns. There are as many orthonormal ones as X has independent rows,
-        at most d.
+        `(..., n, d)`: Orthonormal columns and zero columns. There are as many orthonormal ones as X has independent
+        rows, at most d.
     """
     for _ in range(iterations):
         rows = factor.sweep(rows, orthonormalize) * weights
         # `X^T rows` is the factor's product with the rows weighted once more
-        rows = orthonormalize(rows.flatten(0, 1)).view_as(rows) * weights
+        rows = orthonormalize(rows) * weights
     return orthonormalize(factor.transpose_times(rows))
 
 
 def captured_share(factor: Factor, basis: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Share of the squared norm of the factor's weighted rows that lies in the span of `basis`, a scalar."""
-    captured = (factor.times(basis) * weights).square().sum()
-    total = (factor.norms_sq() * weights.squeeze(-1).square()).sum()
+    """Share of the squared norm of the factor's weighted rows that lies in the span of `basis`, `(...)`."""
+    captured = (factor.times(basis) * weights).square().sum((-2, -1))
+    total = (factor.norms_sq() * weights.squeeze(-1).square()).sum(-1)
     return captured / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
@@ -54,23 +54,24 @@ def orthonormalize(columns: torch.Tensor) -> torch.Tensor:
     columns nor makes the host wait for the device.
 
     Args:
-        columns (`(n, d)`): Any columns, zero and parallel ones among them.
+        columns (`(..., n, d)`): Any columns, zero and parallel ones among them.
 
     Returns:
-        `(n, d)`: In the same dtype.
+        `(..., n, d)`: In the same dtype.
     """
     wide = columns.to(torch.float32 if columns.device.type == "mps" else torch.float64)
     eps = torch.finfo(wide.dtype).eps
     gram = wide.mT @ wide
-    lengths_sq = gram.diagonal().clone()
-    longest_sq = lengths_sq.amax().clamp(min=torch.finfo(wide.dtype).tiny)
+    lengths_sq = gram.diagonal(dim1=-2, dim2=-1).clone()
+    longest_sq = lengths_sq.amax(-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
     # A little more than rounding takes away from the diagonal, so that the factorization exists. Zero columns stay
     # zero, whatever they are divided by.
-    gram.diagonal().copy_(torch.where(lengths_sq > 0, lengths_sq * (1 + 4 * len(gram) * eps), longest_sq))
+    shifted = lengths_sq * (1 + 4 * gram.shape[-1] * eps)
+    gram.diagonal(dim1=-2, dim2=-1).copy_(torch.where(lengths_sq > 0, shifted, longest_sq))
     triangle, _ = torch.linalg.cholesky_ex(gram)
     # On the diagonal: each column's distance from the span of those before it
     tolerance = max(16 * torch.finfo(columns.dtype).eps, 64 * eps**0.5)
-    kept = triangle.diagonal().square() > tolerance**2 * longest_sq
-    identity = torch.eye(len(gram), dtype=wide.dtype, device=wide.device)
+    kept = triangle.diagonal(dim1=-2, dim2=-1).square() > tolerance**2 * longest_sq
+    identity = torch.eye(gram.shape[-1], dtype=wide.dtype, device=wide.device).expand_as(gram)
     inverse = torch.linalg.solve_triangular(triangle, identity, upper=False)
-    return (wide @ torch.where(kept, inverse.mT, 0)).to(columns.dtype)
+    return (wide @ torch.where(kept.unsqueeze(-2), inverse.mT, 0)).to(columns.dtype)

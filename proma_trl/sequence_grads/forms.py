@@ -32,33 +32,43 @@ class SequenceGrads(Protocol):
 
 class Factor(Protocol):
     """
-    One of the two factors of a linear layer's weight gradient, seen as a matrix `M` with one row a token: the layer's
-    inputs, or the gradients of its outputs. It is known by its products with matrices of few columns.
+    One of the two factors of a linear layer's weight gradient, seen as a matrix `M` with R rows, those of its tokens:
+    the layer's inputs, or the gradients of its outputs; or a batch `...` of such matrices. It is known by its products
+    with matrices of few columns.
 
     Attributes:
-        num_tokens (`int`): N, the number of rows of each of k sequences.
         dtype (`torch.dtype`): What products are returned in.
+    """
+
+    dtype: torch.dtype
+
+    def times(self, columns: torch.Tensor) -> torch.Tensor:
+        """`M columns`, `(..., R, c)`, for `columns` of shape `(..., n, c)`."""
+
+    def transpose_times(self, rows: torch.Tensor) -> torch.Tensor:
+        """`M^T rows`, `(..., n, c)`, for `rows` of shape `(..., R, c)`."""
+
+    def sweep(self, rows: torch.Tensor, between: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`M between(M^T rows)`, `(..., R, c)`; `between` keeps the span of its argument, and may be left out."""
+
+    def norms_sq(self) -> torch.Tensor:
+        """Squared lengths of the rows, `(..., R)`."""
+
+
+class TokenFactor(Factor, Protocol):
+    """
+    A factor whose rows are N tokens of each of k sequences, the first sequence's first.
+
+    Attributes:
+        num_tokens (`int`): N.
         first_token (`int`): Place in its sequence, as the model's input has it, of each sequence's first row.
         source (`torch.Tensor` or `None`): The tensor that the layer was given. Layers with the same one have the same
             factor.
     """
 
     num_tokens: int
-    dtype: torch.dtype
     first_token: int
     source: torch.Tensor | None
-
-    def times(self, columns: torch.Tensor) -> torch.Tensor:
-        """`M columns`, `(k, N, c)`, for `columns` of shape `(n, c)`."""
-
-    def transpose_times(self, rows: torch.Tensor) -> torch.Tensor:
-        """`M^T rows`, `(n, c)`, for `rows` of shape `(k, N, c)`."""
-
-    def sweep(self, rows: torch.Tensor, between: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """`M between(M^T rows)`, `(k, N, c)`; `between` keeps the span of its argument, and may be left out."""
-
-    def norms_sq(self) -> torch.Tensor:
-        """Squared lengths of the rows, `(k, N)`."""
 
 
 @runtime_checkable
@@ -72,7 +82,7 @@ class LinearGrads(Protocol):
 
     inputs: str
 
-    def factors(self) -> tuple[Factor, Factor]:
+    def factors(self) -> tuple[TokenFactor, TokenFactor]:
         """The left and the right factor, along the parameter's rows and columns."""
 
 
@@ -171,7 +181,7 @@ class OuterProducts:
     def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor | None) -> None:
         total += self.combine(coefficients)
 
-    def factors(self) -> tuple[Factor, Factor]:
+    def factors(self) -> tuple[TokenFactor, TokenFactor]:
         """The left and the right factor, along the parameter's rows and columns."""
         left, right = self.left, self.right
         if self._all_inputs is None:
@@ -186,7 +196,7 @@ class OuterProducts:
 
 class HeldFactor:
     """
-    A [`Factor`] that is in memory.
+    A [`TokenFactor`] that is in memory.
 
     Args:
         matrix (`(k, N, n)`): Its rows.
@@ -201,52 +211,70 @@ class HeldFactor:
         self._matrix = matrix if matrix.is_cuda else matrix.to(self.dtype)
 
     def times(self, columns: torch.Tensor) -> torch.Tensor:
-        return product(self._matrix.flatten(0, 1), columns).view(*self._matrix.shape[:2], -1)
+        return product(self._matrix.flatten(0, 1), columns)
 
     def transpose_times(self, rows: torch.Tensor) -> torch.Tensor:
         # Sequence by sequence: long sums for few results are slow, on a CPU as on a GPU
-        return batched_product(rows.to(self._matrix.dtype).mT, self._matrix).sum(0).mT
+        rows = rows.view(*self._matrix.shape[:2], -1).to(self._matrix.dtype)
+        return batched_product(rows.mT, self._matrix).sum(0).mT
 
     def sweep(self, rows: torch.Tensor, between: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         return self.times(between(self.transpose_times(rows)))
 
     def norms_sq(self) -> torch.Tensor:
-        return torch.linalg.vector_norm(self._matrix, dim=-1, dtype=self.dtype).square()
+        return torch.linalg.vector_norm(self._matrix, dim=-1, dtype=self.dtype).square().flatten()
 
 
 class StackedFactor:
     """
-    The rows of several factors, one after another in each sequence.
+    The rows of several factors, one factor after another.
 
     Args:
         factors (`Sequence[Factor]`): Factors of the same columns.
+        lengths (`Sequence[int]`): Their numbers of rows.
     """
 
-    first_token = 0
-    source = None
-
-    def __init__(self, factors: Sequence[Factor]):
-        self._factors = factors
-        self._lengths = [factor.num_tokens for factor in factors]
-        self.num_tokens, self.dtype = sum(self._lengths), factors[0].dtype
+    def __init__(self, factors: Sequence[Factor], lengths: Sequence[int]):
+        self._factors, self._lengths = factors, lengths
+        self.dtype = factors[0].dtype
 
     def times(self, columns: torch.Tensor) -> torch.Tensor:
-        return torch.cat([factor.times(columns) for factor in self._factors], 1)
+        return torch.cat([factor.times(columns) for factor in self._factors])
 
     def transpose_times(self, rows: torch.Tensor) -> torch.Tensor:
-        pairs = zip(self._factors, rows.split(self._lengths, 1), strict=True)
+        pairs = zip(self._factors, rows.split(self._lengths), strict=True)
         return torch.stack([factor.transpose_times(part) for factor, part in pairs]).sum(0)
 
     def sweep(self, rows: torch.Tensor, between: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         return self.times(between(self.transpose_times(rows)))
 
     def norms_sq(self) -> torch.Tensor:
-        return torch.cat([factor.norms_sq() for factor in self._factors], 1)
+        return torch.cat([factor.norms_sq() for factor in self._factors])
 
 
-def stacked(factors: Sequence[Factor]) -> Factor:
-    """One factor that has the rows of all."""
-    return factors[0] if len(factors) == 1 else StackedFactor(factors)
+class BatchedFactor:
+    """
+    A batch of matrices in memory as a [`Factor`].
+
+    Args:
+        matrices (`(b, R, n)`): The matrices, in the dtype of their products.
+    """
+
+    def __init__(self, matrices: torch.Tensor):
+        self.dtype = matrices.dtype
+        self._matrices = matrices
+
+    def times(self, columns: torch.Tensor) -> torch.Tensor:
+        return self._matrices @ columns
+
+    def transpose_times(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._matrices.mT @ rows
+
+    def sweep(self, rows: torch.Tensor, between: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return self.times(between(self.transpose_times(rows)))
+
+    def norms_sq(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(self._matrices, dim=-1).square()
 
 
 class Rows:

@@ -106,6 +106,11 @@ class Layer:
         own = own_parameters(self.module)
         return {name: own[name] for name in self.param_names}
 
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        """The trainable parameters that the module multiplies its input by, if it is a linear layer."""
+        return []
+
     def tells_sequences(self, sink: Sink, args: tuple, kwargs: dict) -> bool:
         """Whether the sequences in the module's arguments can be told apart."""
         values = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from . import linear
 from .embedding import EmbeddingLayer, embedding_refusal
+from .experts import ExpertsLayer, is_experts
 from .layer import ONE_SEQUENCE, Layer
 from .norm import BroadcastLayer, broadcasts_parameters
 from .registry import RuleLayer, rule_for
@@ -64,6 +65,9 @@ def plan_linear_layers(model: nn.Module, head: bool) -> list[Layer]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             embeddings.setdefault(module.weight, []).append((name, module))
+        if is_experts(module) and module not in foreign:
+            layers.append(ExpertsLayer(name, module))
+            continue
         weight = getattr(module, "weight", None)
         if module in foreign or weight in excluded or not (isinstance(weight, nn.Parameter) and weight.requires_grad):
             continue
@@ -72,7 +76,7 @@ def plan_linear_layers(model: nn.Module, head: bool) -> list[Layer]:
             params = tuple(n for n, p in module.named_parameters(recurse=False) if p.requires_grad)
             layers.append(RuleLayer(name, module, params, rule))
     for weight, modules in embeddings.items():
-        tied = [layer for layer in layers if layer.module.weight is weight]
+        tied = [layer for layer in layers if any(matrix is weight for matrix in layer.matrices)]
         if tied and any(embedding_refusal(module) for _, module in modules):
             layers = [layer for layer in layers if layer not in tied]
         elif tied:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ..backends import whole_shape
 from ..torch_internals import backward_runs
 from .forms import Dense, SequenceGrads
 from .layer import Layer, Sink, alias, by_sequence
@@ -98,6 +99,11 @@ class RuleLayer(Layer):
     def __init__(self, name: str, module: nn.Module, param_names: tuple[str, ...], rule: Rule):
         super().__init__(name, module, param_names)
         self.rule = rule
+
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        weight = self.params.get("weight")
+        return [weight] if weight is not None and len(whole_shape(weight)) == 2 else []
 
     def enter(self, sink: Sink, args: tuple, kwargs: dict) -> None:
         self.entered = True

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support import intra, oracle
-from support.models import ARCHITECTURES, tiny_model
+from support.models import ARCHITECTURES, tiny_mixture, tiny_model
 from support.sequences import LENGTH, accumulate, lora, make_batch, make_batches, objectives
 
 from proma_trl import PROMA, REINFORCE, Chain
@@ -57,6 +57,37 @@ def test_after_isopo():
     for rule, method in ((ISOPO("norm"), "none"), (Chain(ISOPO("norm"), PROMA()), "iterative")):
         gradients, _ = found(model, batches, rule)
         oracle.assert_close(gradients, expected(model, batches, method=method, weigh=oracle.Isopo("norm")))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_mixtures_of_experts(model_type, k, implementation):
+    """Each expert is a layer with the tokens that were routed to it. Routers and sinks keep their gradients."""
+    model, batches = tiny_mixture(model_type), make_batches("llama-untied", k)
+    model.set_experts_implementation(implementation)
+    gradients, metrics = found(model, batches)
+    want = expected(model, batches)
+    oracle.assert_close(gradients, want)
+    assert any("experts.gate_up_proj" in name for name in gradients) and metrics["intra/norm_ratio"] > 0
+    plain = expected(model, batches, strength=0)
+    experts = [name for name in want if name.endswith(("gate_up_proj", "experts.down_proj"))]
+    assert len(experts) == 2 and all((plain[n] - want[n]).norm() > 1e-2 * want[n].norm() for n in experts)
+    if k == 1:
+        gradients, _ = found(model, batches, PROMA())
+        oracle.assert_close(gradients, expected(model, batches, method="iterative"))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_a_mixture(use_reentrant, monkeypatch):
+    monkeypatch.setattr("proma_trl.sequence_grads.experts._BATCH_ELEMENTS", 1)  # one expert at a time
+    model, batches = tiny_mixture("qwen3_moe"), make_batches("llama-untied", 4)
+    want = expected(model, batches)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    gradients, _ = found(model, batches)
+    oracle.assert_close(gradients, want)
 
 
 SETTINGS = {

@@ -20,7 +20,8 @@ def noise(key: Sequence[int], name: str, dim: int, real: torch.Tensor, length: i
         for t in range(length):
             places[i, t] = count
             count += int(real[i, t])
-    return SketchNoise(key, dim, len(real), torch.device("cpu"))(name, Tokens(places, None, length), torch.float64)
+    tokens = Tokens(places, torch.ones(*places.shape, 1), length)
+    return SketchNoise(key, dim, len(real), torch.device("cpu"))(name, tokens, torch.float64)[..., :dim]
 
 
 def dominant(rows: torch.Tensor, omega: torch.Tensor, iterations: int) -> torch.Tensor:
@@ -49,6 +50,8 @@ class Recorded:
         self.inputs: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self.outputs: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self.transposed: set[str] = set()
+        # Experts' place, tokens, inputs and outputs, by the name of their 3-D parameter
+        self.experts: defaultdict[str, list[tuple]] = defaultdict(list)
         # Of the layers that read one tensor, the package takes the random matrix of the one that ran last
         self.last_reader: dict[int, str] = {}
         self._kept: list[torch.Tensor] = []
@@ -60,6 +63,32 @@ class Recorded:
                 if isinstance(module, Conv1D):
                     self.transposed.add(names[weight])
                 self._handles.append(module.register_forward_hook(self._hook(names[weight])))
+            if hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):
+                self._follow_experts(module, names)
+
+    def _follow_experts(self, module: nn.Module, names: dict[nn.Parameter, str]) -> None:
+        """Lets a mixture's experts run one after another."""
+        up_name, down_name = names[module.gate_up_proj], names[module.down_proj]
+
+        def linear(name, expert, rows, values):
+            weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
+            matrix = weight[expert].T if module.is_transposed else weight[expert]
+            output = nn.functional.linear(values, matrix, None if bias is None else bias[expert])
+            self.experts[names[weight]].append((expert, rows, values, output))
+            return output
+
+        def forward(hidden, index, routing):
+            total = torch.zeros_like(hidden)
+            for expert in range(module.num_experts):
+                rows, choice = torch.where(index == expert)
+                up = linear("gate_up_proj", expert, rows, hidden[rows])
+                down = linear("down_proj", expert, rows, module._apply_gate(up))
+                total = total.index_add(0, rows, down * routing[rows, choice].unsqueeze(-1))
+            return total
+
+        if module.is_transposed:
+            self.transposed |= {up_name, down_name}
+        module.forward = forward
 
     def _hook(self, name: str) -> Callable:
         def record(module, args, output):
@@ -111,6 +140,7 @@ def accumulate(
         values = objectives(model)
         recorded.close()
         outputs = [output for of_weight in recorded.outputs.values() for output in of_weight]
+        outputs += [output for uses in recorded.experts.values() for *_, output in uses]
         found = torch.autograd.grad(values.sum(), outputs, retain_graph=True, allow_unused=True)
         gradients = iter([torch.zeros_like(o) if g is None else g for o, g in zip(outputs, found, strict=True)])
         bases = {}
@@ -136,6 +166,16 @@ def accumulate(
                 q_a = dominant(x, torch.cat(omega_x), iterations)
                 q_g = dominant(g, torch.cat(omega_g), iterations)
             bases[name] = (q_a, q_g) if name in recorded.transposed else (q_g, q_a)
+        for name, uses in recorded.experts.items():
+            length = mask.shape[1]
+            omega = noise(key, name, dim, mask, length).flatten(0, 1)
+            bases[name] = {}
+            for expert, rows, x, _ in uses:
+                g, real = next(gradients), mask.flatten()[rows] != 0
+                assert not g[~real].any()
+                q_a = dominant(x.detach()[real], omega[rows][real], iterations)
+                q_g = dominant(g[real], omega[rows][real], iterations)
+                bases[name][expert] = (q_a, q_g) if name in recorded.transposed else (q_g, q_a)
         sequences = [
             torch.autograd.grad(value, list(params.values()), retain_graph=True, allow_unused=True) for value in values
         ]
@@ -146,9 +186,10 @@ def accumulate(
                 coefficients = weigh(name, [s.flatten() for s in own], coefficients)
             policy = sum(c * s for c, s in zip(coefficients, own, strict=True))
 
-            left, right = bases.get(name, (None, None))
-
-            def project(matrix, left=left, right=right):
+            def project(matrix, found=bases.get(name)):  # noqa: B008 - of this tensor
+                if isinstance(found, dict):
+                    return torch.stack([project(part, found[i]) for i, part in enumerate(matrix)])
+                left, right = found
                 return matrix - strength * left @ (left.T @ matrix @ right) @ right.T
 
             acc = accumulated.get(name)
