@@ -343,7 +343,7 @@ class ProjectedAccumulation:
             intra=self.intra if rule is self.rule else None,
             intra_key=(self.seed, self._step, self._index, dist.get_rank() if is_distributed() else 0),
             intra_excluded=self._excluded(),
-            intra_measures=self._index == 0,
+            intra_measures=self.intra is not None and self._index == self.intra.first_acting,
         )
 
     def _excluded(self) -> frozenset[str]:

@@ -55,7 +55,7 @@ class Engine:
         intra ([`IntraPROMA`] or `None`): Settings of Intra-PROMA, where it removes anything.
         intra_key (`tuple[int, ...]`): Seed, optimizer step, microbatch and rank.
         intra_excluded (`frozenset[str]`): Names of parameters that Intra-PROMA leaves alone.
-        intra_measures (`bool`): Whether it measures how much the subspaces capture.
+        intra_measures (`bool`): Whether it measures what it does.
     """
 
     rule: UpdateRule

@@ -79,6 +79,11 @@ class IntraPROMA:
         """Whether anything can be removed at all."""
         return self.dim > 0 and self.strength > 0
 
+    @property
+    def first_acting(self) -> int:
+        """The first microbatch of an optimizer step in which anything is removed."""
+        return 1 if self.target == "accumulated" else 0
+
 
 @dataclass(frozen=True)
 class Subspaces:
@@ -99,14 +104,14 @@ class Subspaces:
     first: int = 0
 
     def remove_from(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Project a gradient of the tensor in place. Returns the squared norm of what was removed, a scalar."""
+        """Project a gradient of the tensor in place. Returns what was removed, in the bases: `(..., d, d)`."""
         if self.left.dim() == 3:
             gradient = gradient[self.first : self.first + len(self.left)]
         core = self.strength * ((self.left.mT @ gradient.to(self.left.dtype)) @ self.right)
         left, right = self.left.to(gradient.dtype), (core @ self.right.mT).to(gradient.dtype)
         subtract = torch.Tensor.addmm_ if gradient.dim() == 2 else torch.Tensor.baddbmm_
         subtract(gradient, left, right, alpha=-1)
-        return core.square().sum()
+        return core
 
 
 class IntraProjection:
@@ -120,7 +125,7 @@ class IntraProjection:
         real (`(k, T)`, *optional*): Which tokens are real, by the attention mask. Defaults to all.
         device (`torch.device`): Where the model's inputs are.
         weights (`(k,)`, *optional*): Weights of the sequences in the backward pass. Defaults to one.
-        measures (`bool`): Whether the captured shares are measured, which takes one more product with each factor.
+        measures (`bool`): Whether metrics are measured, which takes one more product with each factor.
     """
 
     def __init__(
@@ -193,8 +198,11 @@ class IntraProjection:
 
     def remove(self, subspaces: Sequence[Subspaces], gradient: torch.Tensor) -> None:
         """Project `gradient` in place, and note it for the metrics."""
-        self._gradients_sq.append(torch.linalg.vector_norm(gradient, dtype=subspaces[0].left.dtype).square())
-        self._removed_sq += [part.remove_from(gradient) for part in subspaces]
+        if self._measures:
+            self._gradients_sq.append(torch.linalg.vector_norm(gradient, dtype=subspaces[0].left.dtype).square())
+        cores = [part.remove_from(gradient) for part in subspaces]
+        if self._measures:
+            self._removed_sq += [core.square().sum() for core in cores]
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """

@@ -69,4 +69,4 @@ class SketchNoise:
             drawn = drawn.pin_memory().to(self._device, non_blocking=True)
         left, right = drawn.to(self._device).unbind(1)
         places = tokens.places.T.unsqueeze(-1).expand(-1, -1, left.shape[-1])
-        return tuple(x.gather(0, places).transpose(0, 1) * tokens.real for x in (left, right))
+        return tuple(x.gather(0, places).transpose(0, 1).contiguous() * tokens.real for x in (left, right))

@@ -62,14 +62,13 @@ def orthonormalize(columns: torch.Tensor) -> torch.Tensor:
     wide = columns.to(torch.float32 if columns.device.type == "mps" else torch.float64)
     eps = torch.finfo(wide.dtype).eps
     gram = wide.mT @ wide
-    lengths_sq = gram.diagonal(dim1=-2, dim2=-1).clone()
-    longest_sq = lengths_sq.amax(-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
-    # A little more than rounding takes away from the diagonal, so that the factorization exists. Zero columns stay
-    # zero, whatever they are divided by.
-    shifted = lengths_sq * (1 + 4 * gram.shape[-1] * eps)
-    gram.diagonal(dim1=-2, dim2=-1).copy_(torch.where(lengths_sq > 0, shifted, longest_sq))
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    longest_sq = diagonal.amax(-1, keepdim=True)
+    # A little more than rounding may take away from it, so that the factorization exists
+    diagonal.add_(longest_sq, alpha=4 * gram.shape[-1] * eps)
     triangle, _ = torch.linalg.cholesky_ex(gram)
-    # On the diagonal: each column's distance from the span of those before it
+    # On its diagonal: each column's distance from the span of those before it. Where all columns are zero, there is no
+    # factorization, and nothing is kept
     tolerance = max(16 * torch.finfo(columns.dtype).eps, 64 * eps**0.5)
     kept = triangle.diagonal(dim1=-2, dim2=-1).square() > tolerance**2 * longest_sq
     identity = torch.eye(gram.shape[-1], dtype=wide.dtype, device=wide.device).expand_as(gram)
