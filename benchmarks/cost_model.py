@@ -5,16 +5,16 @@ What both variants of PROMA cost on 1 to 1,024 GPUs, by arithmetic: memory, byte
     python benchmarks/cost_model.py --sequences 8 --tokens 512 --gpus 8 64
 
 Nothing is measured. The figures of the device are those of NVIDIA's data sheet for the H100 SXM: 989 TFLOP/s in
-bfloat16 without sparsity, 3.35 TB/s of memory bandwidth, 80 GB, 900 GB/s of NVLink (450 each way) between the 8 GPUs of
-a node, and 400 Gb/s of InfiniBand for each GPU between nodes. The assumptions:
+bfloat16 without sparsity, 3.35 TB/s of memory bandwidth, 80 GB, 900 GB/s of NVLink (450 each way) between the 8 GPUs
+of a node, and 400 Gb/s of InfiniBand for each GPU between nodes. The assumptions:
 
 - ZeRO-3, all parameters trained with AdamW in mixed precision: 16 bytes a parameter (bfloat16 weights and gradients,
   float32 weights and two moments), sharded over all GPUs. Activations are left out, as they are the same for all.
 - A microbatch is `--sequences` times `--tokens` on each GPU. Forward and backward pass take 6 operations for each
   weight of a matrix and each token, and attention 12 * layers * heads * head size * T / 2 a token, at 65% of the peak.
-- What a variant adds runs after the products, not beside them. It takes the larger of its operations at 65% of the
-  peak and its bytes at 85% of the bandwidth, for the matrices of the body. The head is left out: its sequence gradients
-  depend on the memory budget.
+- What a variant adds runs after the products, not beside them. It takes the larger of its operations at 65% of
+  the peak and its bytes at 85% of the bandwidth, for the matrices of the body. The head is left out: what its sequence
+  gradients cost depends on the memory budget.
 - Accumulation-based: 24 bytes for each weight and sequence (sequence gradients in float32: written, copied, and read
   three times), and 2 k (k + 2) operations a weight. A local scope keeps 4 bytes a parameter on every GPU (2 with
   `projection_accumulator_dtype="bfloat16"`), a global one 4 / W. A global scope sends 4 (k + 1) (W - 1) / W bytes a

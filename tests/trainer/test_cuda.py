@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support import oracle
-from support.harness import definition, make_inputs, make_model, make_trainer, trainer_gradients
+from support import intra, oracle
+from support.harness import batch_objectives, definition, make_inputs, make_model, make_trainer, trainer_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,8 +54,27 @@ def test_bfloat16_autocast(method, checkpointing, tmp_path):
         assert (found[name].double() - want).norm() <= 0.05 * want.norm(), name
 
 
-def test_the_backward_pass_does_not_wait_for_the_device(tmp_path):
-    trainer = make_trainer(tmp_path, use_cpu=False)
+@pytest.mark.parametrize("projection", ["none", "iterative"])
+@pytest.mark.parametrize("budget", [0.5, 1e-5])
+def test_intra(budget, projection, tmp_path, monkeypatch):
+    """Its random numbers are the same on all devices."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    settings = {"intra_dim": 3, "projection": projection, "projection_memory_budget": budget}
+    trainer = make_trainer(tmp_path, use_cpu=False, **settings)
+    microbatches = inputs_on_cuda(4)
+    found, _ = trainer_gradients(trainer, microbatches)
+    found = {name: grad.cpu() for name, grad in found.items()}
+    trainer.model.cpu()
+    model, _ = definition(trainer, microbatches)
+    batches = [batch_objectives(trainer, {n: x.cpu() for n, x in m.items()}, len(microbatches)) for m in microbatches]
+    head, seed = "model.embed_tokens.weight", trainer.args.seed
+    want = intra.accumulate(model, batches, dim=3, seed=seed, fused_head=head, method=projection)
+    oracle.assert_close(found, want)
+
+
+@pytest.mark.parametrize("settings", [{}, {"intra_dim": 3}, {"intra_dim": 3, "projection": "none"}])
+def test_the_backward_pass_does_not_wait_for_the_device(settings, tmp_path):
+    trainer = make_trainer(tmp_path, use_cpu=False, **settings)
     microbatches = inputs_on_cuda(4)
     trainer_gradients(trainer, microbatches)  # warm up
     loss = trainer.compute_loss(trainer.model, microbatches[0])
