@@ -206,7 +206,7 @@ class ProjectedAccumulation:
     def follows_head(self) -> bool:
         """Whether the LM head, if it does not run as a module, must hand over its gradients."""
         if self.rule.is_plain or self.microbatch_size == 1:
-            return self.intra is not None and self.intra.head
+            return any(self._hooks.follows(weight) for weight in head_weights(self.model))
         return True
 
     def projected_names(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections.abc import Callable
@@ -68,6 +69,10 @@ class ModelHooks:
         elif not all(are_innermost(layer.module, *layer.handles) for layer in self._layers):
             self._hook()
 
+    def follows(self, param: nn.Parameter) -> bool:
+        """Whether a followed layer multiplies its input by `param`."""
+        return any(matrix is param for layer in self._layers for matrix in layer.matrices)
+
     def hook_leaves(self, backend: Backend) -> None:
         """Hook onto what autograd will give the parameters."""
         for name, leaf in backend.leaves():
@@ -113,6 +118,9 @@ class ModelHooks:
     def _model_runs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         microbatch = self._active(True)
         if microbatch is not None and microbatch.phase is Phase.RECORDING:
+            names = [*inspect.signature(module.forward).parameters]
+            if "attention_mask" in names[: len(args)]:
+                kwargs = {**kwargs, "attention_mask": args[names.index("attention_mask")]}
             microbatch.read_input(args, kwargs, next(self._model.parameters()).device)
 
     def _enter(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:

@@ -55,8 +55,11 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
     is off-policy), and before the gradient of a microbatch is accumulated, the directions in which that microbatch's
     sequences change their probability fastest are removed from what has been accumulated in the step.
 
-    Beside GRPO's metrics it logs `projection/norm_ratio`, `projection/bounded_fraction` and `projection/overlap`; see
-    [`PROMA.observe`].
+    With `intra_dim`, each microbatch's own gradient is projected, too, or alone: this is the paper's second variant,
+    Intra-PROMA.
+
+    Beside GRPO's metrics it logs `projection/norm_ratio`, `projection/bounded_fraction` and `projection/overlap`, and
+    with Intra-PROMA `intra/norm_ratio`, `intra/captured_inputs` and `intra/captured_grads`.
 
     Attributes:
         accumulation ([`ProjectedAccumulation`] or `None`):
@@ -141,7 +144,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             )
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             check_server(self.vllm_generation.vllm_client, self.model)
-        without_effect = settings_without_effect(args, self.accelerator)
+        without_effect = settings_without_effect(args, self.accelerator, self.model)
         if without_effect and self.accelerator.is_main_process:
             for message in without_effect:
                 warnings.warn(message, stacklevel=2)

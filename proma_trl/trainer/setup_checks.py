@@ -7,19 +7,28 @@ from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
 from ..backends import is_deepspeed
+from ..sequence_grads import head_weights, plan_linear_layers
 from .config import REINFORCE_SETTINGS, PROMAConfig
 
 
-def settings_without_effect(args: PROMAConfig, accelerator: Accelerator) -> list[str]:
+def settings_without_effect(args: PROMAConfig, accelerator: Accelerator, model: nn.Module) -> list[str]:
     """
     Returns a sentence for each setting of the update rule that was set and has no effect in this setup.
 
     Args:
         args ([`PROMAConfig`]): The configuration.
         accelerator (`Accelerator`): What will prepare the model.
+        model (`nn.Module`): What will be trained.
     """
     messages, rule = args.settings_without_effect(), args.update_rule()
     intra = args.intra_settings()
+    if intra.removes and not plan_linear_layers(model, intra.head):
+        messages.append(
+            f"`intra_dim={intra.dim}` has no effect on this model: none of its trainable parameters is the weight of "
+            "a linear layer whose inputs are the microbatch's tokens."
+        )
+    elif intra.removes and not intra.head and not any(weight.requires_grad for weight in head_weights(model)):
+        messages.append("`intra_head=False` has no effect: the LM head is not trained.")
     needs_accumulated = rule.needs_accumulated or (intra.removes and intra.target == "accumulated")
     if rule.is_plain and not needs_accumulated:
         return messages

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support import intra, oracle
-from support.models import SIZES
-from support.sequences import accumulate, make_batches, objectives
+from support.models import SIZES, tiny_llava, tiny_mixture
+from support.sequences import LENGTH, accumulate, make_batches, objectives
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from proma_trl import REINFORCE, ProjectedAccumulation
@@ -55,3 +56,56 @@ def test_the_definition_where_linear_and_the_policy_gradient_elsewhere(architect
     for name in others:
         grad = model.get_parameter(name).grad
         assert (trained[name] - grad).norm() <= 1e-6 * grad.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (2, 0), (0, 2)])
+def test_layers_on_images_keep_their_policy_gradient(counts):
+    """However many images there are: they are not taken for sequences."""
+    model = tiny_llava()
+    ids = torch.randint(3, 95, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    for i, count in enumerate(counts):
+        ids[i, : 4 * count] = 96
+    images = torch.randn(sum(counts), 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    advantages = torch.tensor([0.7, -0.3])
+
+    def values():
+        logits = model(input_ids=ids, pixel_values=images).logits[:, :-1]
+        return -logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)[:, 8:].sum(1)
+
+    (values() * advantages).sum().backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    accumulation = ProjectedAccumulation(model, REINFORCE(), microbatch_size=2, intra_dim=3)
+    projected = accumulation.projected_names()
+    assert projected and not any("vision" in name or "projector" in name for name in projected)
+    with accumulation.capture():
+        objective = values()
+    accumulation.loss(objective, advantages).backward()
+    for name, grad in plain.items():
+        error = (model.get_parameter(name).grad - grad).norm()
+        if name in projected:
+            assert error > 1e-3 * grad.norm(), name
+        else:
+            assert error <= 1e-5 * grad.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("target_parameters", [None, ["mlp.experts.gate_up_proj"]])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_adapters_that_the_accumulation_variant_refuses(family, target_parameters):
+    config = LoraConfig(r=4, target_modules="all-linear", target_parameters=target_parameters, task_type="CAUSAL_LM")
+    config.init_lora_weights = False
+    model, batches = get_peft_model(tiny_mixture(family), config), make_batches("gemma2-softcap", 4, count=2)
+    gradients, _ = accumulate(model, batches, REINFORCE(), intra_dim=2)
+    accumulation = ProjectedAccumulation(model, REINFORCE(), microbatch_size=4, intra_dim=2)
+    projected = accumulation.projected_names()
+    accumulation.detach()
+    for ids, mask, weights, advantages in batches:
+        (objectives(model, ids, mask, weights) * advantages).sum().backward()
+    assert projected
+    for name, param in model.named_parameters():
+        if param.requires_grad and param.grad is not None:
+            error = (gradients[name] - param.grad).norm()
+            if name in projected:
+                assert error > 1e-3 * param.grad.norm(), name
+            else:
+                assert error <= 1e-5 * param.grad.norm() + 1e-9, name

@@ -72,6 +72,8 @@ def test_setups_that_work_are_not_refused(accelerator):
     check_setup(accelerator, 1, MODEL)
 
 
+INTRA = {"intra_dim": 3, "projection": "none"}
+MODEL = make_model()
 BFLOAT16 = {"projection_accumulator_dtype": "bfloat16"}
 
 
@@ -96,10 +98,25 @@ BFLOAT16 = {"projection_accumulator_dtype": "bfloat16"}
         (setup(), {"projection_strength": 0.0, "projection_scope": "global"}, ["projection_scope"]),
         (setup(), {"projection_bound": 0.0, "projection_sweeps": 1}, ["projection_sweeps"]),
         (setup(), {"projection": "none", "gradient_accumulation_steps": 1}, []),
+        (zero(), INTRA | {"intra_target": "accumulated"} | BFLOAT16, []),
+        (zero(), INTRA | BFLOAT16, ["projection_accumulator_dtype"]),
+        (zero1(), INTRA | {"intra_target": "accumulated"} | BFLOAT16, ["projection_accumulator_dtype"]),
+        (setup(), INTRA | {"projection_scope": "global"}, ["projection_scope"]),
     ],
 )
 def test_no_setting_is_silently_without_effect(accelerator, kwargs, names, tmp_path):
-    messages = settings_without_effect(make_args(tmp_path, **kwargs), accelerator)
+    messages = settings_without_effect(make_args(tmp_path, **kwargs), accelerator, MODEL)
     assert len(messages) == len(names)
     for name, message in zip(names, messages, strict=True):
         assert message.startswith(f"`{name}=") and "has no effect" in message
+
+
+def test_intra_settings_without_effect_on_a_model(tmp_path):
+    model, args = make_model(), make_args(tmp_path, **INTRA, intra_head=False)
+    model.get_output_embeddings().weight.requires_grad_(False)
+    (message,) = settings_without_effect(args, setup(), model)
+    assert message == "`intra_head=False` has no effect: the LM head is not trained."
+    for name, param in model.named_parameters():
+        param.requires_grad_("norm" in name)
+    (message,) = settings_without_effect(args, setup(), model)
+    assert message.startswith("`intra_dim=3` has no effect on this model: none of its trainable parameters")
