@@ -35,5 +35,5 @@ def test_the_plain_loop():
 def test_settings_and_their_defaults():
     from proma_trl import PROMAConfig
 
-    for name, default in re.findall(r"^\| `(projection\w*)` \| `(.*?)` \|", README, re.MULTILINE):
+    for name, default in re.findall(r"^\| `((?:projection|isopo|intra)\w*)` \| `(.*?)` \|", README, re.MULTILINE):
         assert getattr(PROMAConfig, name) == eval(default), name
