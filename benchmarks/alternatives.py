@@ -49,7 +49,7 @@ from proma_trl.sequence_grads.forms import OuterProducts
 
 RULE = PROMA()
 SMALL = 2**16  # elements of a small tensor: norms, biases and adapters have fewer, matrices more
-EMISSION = ("accumulation/microbatch.py", "_emit")  # file and name of what makes a tensor's gradient in the package
+EMISSION = ("accumulation/emission.py", "emit")  # file and name of what makes a tensor's gradient in the package
 
 Result = dict[str, Any]
 Layer = tuple[OuterProducts, torch.Tensor, torch.Tensor]

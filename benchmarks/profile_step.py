@@ -12,8 +12,8 @@ from common import StepProfile, make_microbatches, make_parser, make_prepared_tr
 from proma_trl import PROMAConfig, PROMATrainer
 
 # Functions of the package: file and name
-EMISSION = ("accumulation/microbatch.py", "_emit")
-METRICS = ("accumulation/microbatch.py", "metrics")
+EMISSION = ("accumulation/emission.py", "emit")
+METRICS = ("accumulation/emission.py", "metrics")
 INNER_PRODUCTS = ("accumulation/accumulators.py", "inner_products")
 GRAM = ("accumulation/accumulators.py", "_gram")
 COEFFICIENTS = ("rules/proma.py", "coefficients")

@@ -28,8 +28,9 @@ from ..sequence_grads.tensor import Scratch
 from ..torch_internals import backward_id, backward_runs
 from ..validation import check_choice, check_real, check_whole
 from .accumulators import SCOPES, Accumulator, accumulator_for
+from .emission import Engine
 from .hooks import ModelHooks
-from .microbatch import NOT_CAPTURED, Engine, Microbatch, Phase, StartBackward
+from .microbatch import NOT_CAPTURED, Microbatch, Phase, StartBackward
 from .sequence_check import check_sequences
 
 _RULE, _STEP = "rule", "step"

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from enum import Enum
 
 import torch
 from torch import nn
 
-from ..backends import Backend, is_distributed, whole_shape
-from ..intra import IntraPROMA
-from ..intra.intra_proma import IntraProjection, Subspaces, sequence_weights
-from ..rules import InnerProducts, UpdateRule
+from ..backends import is_distributed, whole_shape
+from ..intra.intra_proma import IntraProjection
 from ..sequence_grads.experts import ExpertFactors
 from ..sequence_grads.forms import Dense, SequenceGrads, sum_dtype
 from ..sequence_grads.layer import ONE_SEQUENCE
-from ..sequence_grads.tensor import Scratch, TensorGrads
 from ..torch_internals import StorageCache, backward_id, call_after_backward
-from .accumulators import Accumulator, Request
+from .emission import GIB, Emission, Engine, lowest_precision
 
 NOT_CAPTURED = (
     "No forward pass was captured: call the model that was given to `ProjectedAccumulation` inside "
     "`with accumulation.capture():` before `accumulation.loss`."
 )
-
-_GIB = 2**30
 
 
 class Phase(Enum):
@@ -36,49 +30,6 @@ class Phase(Enum):
     RECORDED = "its forward pass was recorded"
     BACKWARD = "its backward pass runs"
     DONE = "its backward pass is over"
-
-
-@dataclass(frozen=True)
-class Engine:
-    """
-    What the microbatches of an accumulation share.
-
-    Attributes:
-        rule ([`UpdateRule`]): From inner products to coefficients.
-        backend ([`Backend`]): Where gradients are kept.
-        accumulator ([`Accumulator`]): Holds what has been accumulated.
-        names (`dict[nn.Parameter, str]`): Names of the trainable parameters.
-        microbatch_size (`int`): Largest number of sequences in a microbatch.
-        memory_budget (`float`): GiB that the sequence gradients of one parameter may take.
-        scratch ([`Scratch`]): Memory for them.
-        mixed_precision (`torch.dtype` or `None`): What Accelerate autocasts the forward pass to.
-        intra ([`IntraPROMA`] or `None`): Settings of Intra-PROMA, where it removes anything.
-        intra_key (`tuple[int, ...]`): Seed, optimizer step, microbatch and rank.
-        intra_excluded (`frozenset[str]`): Names of parameters that Intra-PROMA leaves alone.
-        intra_measures (`bool`): Whether it measures what it does.
-    """
-
-    rule: UpdateRule
-    backend: Backend
-    accumulator: Accumulator
-    names: dict[nn.Parameter, str]
-    microbatch_size: int
-    memory_budget: float
-    scratch: Scratch
-    mixed_precision: torch.dtype | None
-    intra: IntraPROMA | None = None
-    intra_key: tuple[int, ...] = ()
-    intra_excluded: frozenset[str] = frozenset()
-    intra_measures: bool = False
-
-    @property
-    def needs_sequences(self) -> bool:
-        """Whether the gradients of single sequences are needed. If not, the backward pass is that of their sum."""
-        return self.intra is None or not self.rule.is_plain
-
-    def sequence_weights(self, advantages: torch.Tensor) -> torch.Tensor | None:
-        """See [`Microbatch`]'s `weights`."""
-        return None if self.needs_sequences else sequence_weights(advantages, self.mixed_precision)
 
 
 class Microbatch:
@@ -116,16 +67,13 @@ class Microbatch:
         self._begin = begin
         self._end = end
         self._autocast: torch.dtype | None = engine.mixed_precision
-        self._loss_scale: torch.Tensor | None = None
         self._uses: Counter[nn.Parameter] = Counter()
         self._remaining: dict[nn.Parameter, int] = {}
         self._parts: defaultdict[nn.Parameter, list[SequenceGrads]] = defaultdict(list)
         self._emitted: dict[nn.Parameter, int] = {}
-        self._products: list[InnerProducts] = []
         self._real: torch.Tensor | None = None
         self._device = torch.device("cpu")
-        self._intra: IntraProjection | None = None
-        self._experts: defaultdict[nn.Parameter, list[Subspaces]] = defaultdict(list)
+        self._emission: Emission | None = None
         self._cast: StorageCache[torch.Tensor] = StorageCache()
 
     # The forward pass
@@ -182,8 +130,7 @@ class Microbatch:
 
     def precision(self, dtype: torch.dtype) -> torch.dtype:
         """Lowest precision of the products that the sequence gradients of a parameter of `dtype` come from."""
-        dtypes = [dtype] if self._autocast is None else [dtype, self._autocast]
-        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        return lowest_precision(dtype, self._autocast)
 
     def end_recording(self) -> None:
         """The forward pass is over."""
@@ -236,19 +183,17 @@ class Microbatch:
         if self._begin is not None:
             self._begin(self)
         self.phase, self.backward_id = Phase.BACKWARD, backward_id()
-        self._loss_scale = loss_scale
         self._remaining = dict(self._uses)
         self.engine.accumulator.begin(self.advantages)
-        if self.engine.intra is not None:
-            self._intra = IntraProjection(
-                self.engine.intra,
-                self.engine.intra_key,
-                self.num_sequences,
-                self._real,
-                self._device,
-                self.weights,
-                self.engine.intra_measures,
-            )
+        self._emission = Emission(
+            self.engine,
+            self.num_sequences,
+            # Where the backward pass has weighted the sequences with them, they are there already
+            policy=self.advantages if self.weights is None else None,
+            autocast=self._autocast,
+            loss_scale=loss_scale,
+            intra=self._intra_projection(),
+        )
         call_after_backward(self._end_backward)
 
     def receive(self, param: nn.Parameter, grads: SequenceGrads) -> torch.Tensor | None:
@@ -282,13 +227,11 @@ class Microbatch:
 
     def receive_experts(self, param: nn.Parameter, experts: ExpertFactors) -> None:
         """Take what shapes the subspaces of some experts of a mixture, before the gradient of `param` is there."""
-        owner = self.engine.backend.owner(param)
-        if self._intra is not None:
-            self._experts[owner].append(self._intra.experts_subspaces(self.engine.names[owner], experts))
+        self._emission.receive_experts(self.engine.backend.owner(param), experts)
 
     def is_projected(self, leaf: nn.Parameter) -> bool:
         """Whether the gradient that autograd computes for a leaf must be projected."""
-        return self.engine.backend.owner(leaf) in self._experts
+        return self._emission.knows_experts(self.engine.backend.owner(leaf))
 
     def check_emitted(self, leaf: nn.Parameter, name: str, grad: torch.Tensor) -> None:
         """
@@ -311,11 +254,11 @@ class Microbatch:
         """
         rows, size = whole_shape(param)
         row_bytes = self.num_sequences * rows * sum_dtype(param).itemsize
-        budget = self.engine.memory_budget * _GIB / row_bytes
+        budget = self.engine.memory_budget * GIB / row_bytes
         if not self.engine.needs_sequences:
             return "factors" if num_positions <= budget else "summed"
         owner = self.engine.backend.owner(param)
-        if size <= budget and self._needs_products(owner) and not self._projects(self.engine.names[owner]):
+        if size <= budget and self._emission.needs_products(owner) and not self._emission.projects(owner):
             return "dense"
         return "factors" if num_positions <= budget else "recompute"
 
@@ -329,128 +272,35 @@ class Microbatch:
         What Intra-PROMA multiplies the head's output gradients by first, those of the tokens `first:first + length`,
         so that they need be made only once for it and all else; `None` if nothing.
         """
-        name = self.engine.names[self.engine.backend.owner(param)]
-        if not self._projects(name) or not self._intra.settings.power_iterations:
+        return self._emission.head_rows(self.engine.backend.owner(param), first, length, sum_dtype(param))
+
+    def _intra_projection(self) -> IntraProjection | None:
+        if self.engine.intra is None:
             return None
-        return self._intra.first_rows(name, first, length, sum_dtype(param))
+        return IntraProjection(
+            self.engine.intra,
+            self.engine.intra_key,
+            self.num_sequences,
+            self._real,
+            self._device,
+            self.weights,
+            self.engine.intra_measures,
+        )
 
     def abandon(self) -> None:
         """An exception ended its backward pass."""
         self.phase = Phase.DONE
         self._parts.clear()
-        self._experts.clear()
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        """What the rule logs about the backward pass: scalars by name."""
-        metrics = {}
-        for group in ([p for p in self._products if (p.overlaps is None) == first] for first in (True, False)):
-            if group:
-                products = InnerProducts.stack(group)
-                advantages = self.engine.accumulator.advantages.to(products.gram)
-                metrics |= self.engine.rule.observe(products, advantages)
-        return metrics if self._intra is None else metrics | self._intra.metrics()
+        """What rule and Intra-PROMA log about the backward pass: scalars by name."""
+        return self._emission.metrics()
 
     def _emit(self, leaf: nn.Parameter, param: nn.Parameter) -> torch.Tensor:
         """What all uses of `param` amount to, typed as `leaf`, which autograd hands it to."""
-        grads = self._tensor_grads(leaf, param)
-        ranges = grads.ranges
-        with torch.no_grad(), torch.autocast(leaf.device.type, enabled=False):
-            subspaces = self._subspaces(param, grads)
-            if not subspaces:
-                emission = self._combined(leaf, param, grads)
-            elif self.engine.intra.target == "accumulated":
-                emission = self._combined_off_accumulated(leaf, param, grads, subspaces)
-            else:
-                emission = self._combined_off_microbatch(leaf, param, grads, subspaces)
-            emission = emission.to(leaf.dtype).view(whole_shape(param))
-            self.engine.accumulator.keep(param, emission, ranges)
+        emission = self._emission.emit(leaf, param, self._parts.pop(param))
         self._emitted[param] = emission.data_ptr()
         return emission
-
-    def _combined(
-        self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, acc: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`sum_i c_i s_i`, by the rule, against `acc` if it is not what has been accumulated."""
-        if not self._needs_products(param):
-            return grads.combine(self._policy)
-        products, advantages = self._products_of(leaf, param, grads, acc)
-        if self._intra is not None:  # as for the tensors that it projects
-            policy_sq = products.length_sq(self.engine.rule.policy(products, advantages))
-            products = replace(products, policy_sq=policy_sq)
-        self._products.append(products)
-        coefficients = self.engine.rule.coefficients(products, advantages)
-        return grads.combine(coefficients[self.engine.accumulator.own])
-
-    def _combined_off_microbatch(
-        self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, subspaces: Sequence[Subspaces]
-    ) -> torch.Tensor:
-        """The policy gradient, off the subspaces, and what the rule removes, relative to what is left of it."""
-        rule, own = self.engine.rule, self.engine.accumulator.own
-        if not self._needs_products(param):
-            emission = grads.combine(self._policy)
-            self._intra.remove(subspaces, emission)
-            return emission
-        products, advantages = self._products_of(leaf, param, grads)
-        policy = rule.policy(products, advantages)
-        emission = grads.combine(policy[own])
-        self._intra.remove(subspaces, emission)
-        policy_sq = torch.linalg.vector_norm(emission, dtype=emission.dtype).square()
-        products = replace(products, policy_sq=policy_sq.to(products.gram))
-        self._products.append(products)
-        coefficients = rule.coefficients(products, advantages)
-        return emission.add_(grads.combine((coefficients - policy)[own]))
-
-    def _combined_off_accumulated(
-        self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, subspaces: Sequence[Subspaces]
-    ) -> torch.Tensor:
-        """What has been accumulated is projected off the subspaces first."""
-        acc = self.engine.accumulator.accumulated(param)
-        if acc is None:
-            return self._combined(leaf, param, grads)
-        rest = acc.to(grads.dtype, copy=True).view(grads.shape)
-        self._intra.remove(subspaces, rest)
-        return self._combined(leaf, param, grads, rest) + (rest - acc.view(grads.shape))
-
-    @property
-    def _policy(self) -> torch.Tensor | None:
-        """Coefficients of the policy gradient; `None` where the backward pass has weighted the sequences with them."""
-        return self.advantages if self.weights is None else None
-
-    def _subspaces(self, param: nn.Parameter, grads: TensorGrads) -> Sequence[Subspaces]:
-        name = self.engine.names[param]
-        if not self._projects(name):
-            return []
-        return self._experts.pop(param, None) or self._intra.subspaces(name, grads.parts)
-
-    def _projects(self, name: str) -> bool:
-        return self._intra is not None and name not in self.engine.intra_excluded
-
-    def _products_of(
-        self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, acc: torch.Tensor | None = None
-    ) -> tuple[InnerProducts, torch.Tensor]:
-        """The inner products of a tensor, and the advantages in their dtype."""
-        products = self.engine.accumulator.inner_products(self._request(leaf, param, acc), grads)
-        return products, self.engine.accumulator.advantages.to(products.gram)
-
-    def _tensor_grads(self, leaf: nn.Parameter, param: nn.Parameter) -> TensorGrads:
-        limit = int(self.engine.memory_budget * _GIB) // (self.engine.microbatch_size * sum_dtype(leaf).itemsize)
-        shape = tuple(whole_shape(param)) or (1,)
-        return TensorGrads(self._parts.pop(param), shape, leaf, self.num_sequences, limit, self.engine.scratch)
-
-    def _needs_products(self, param: nn.Parameter) -> bool:
-        rule = self.engine.rule
-        return rule.needs_gram or (rule.needs_accumulated and self.engine.accumulator.holds(param))
-
-    def _request(self, leaf: nn.Parameter, param: nn.Parameter, acc: torch.Tensor | None) -> Request:
-        return Request(
-            name=self.engine.names[param],
-            param=param,
-            acc=acc,
-            overlaps=self.engine.rule.needs_accumulated,
-            inverts_gram=self.engine.rule.inverts_gram,
-            precision=self.precision(leaf.dtype),
-            loss_scale=self._loss_scale,
-        )
 
     def _end_backward(self) -> None:
         # Parameters with a use on which the loss does not depend. Autograd has ended, so their gradient is added here
@@ -466,9 +316,8 @@ class Microbatch:
         self.phase = Phase.DONE
         if self._end is not None:
             self._end(self)
-        self._products.clear()
         self._emitted.clear()
-        self._intra = None
+        self._emission = None
 
 
 class StartBackward(torch.autograd.Function):
