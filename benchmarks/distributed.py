@@ -1,13 +1,13 @@
 """
-What the projection costs on many ranks: step time, memory and communication beside REINFORCE's on the same backend.
+What PROMA costs on many ranks: step time, memory and communication beside REINFORCE's on the same backend.
 
     python benchmarks/distributed.py
     python benchmarks/distributed.py --backends zero2 zero3 fsdp2 --processes 8 --bf16
 
-For each backend, one launch takes REINFORCE's, the local and the global scope's optimizer steps in turns: medians, and
-median ratios of the turns. Then each has launches of its own for peak memory (resident memory on a CPU, the
-allocator's peak on CUDA). Nothing is sampled: completions are random tokens. Ranks are launched with
-the files in `recipes/accelerate`; without a GPU they run on the CPU, where there is no FSDP2.
+For each backend, one launch takes REINFORCE's, the local and the global scope's, and Intra-PROMA's optimizer steps in
+turns: medians, and median ratios of the turns. Then each has launches of its own for peak memory (resident memory on a
+CPU, the allocator's peak on CUDA). Nothing is sampled: completions are random tokens. Ranks are launched with the
+files in `recipes/accelerate`; without a GPU they run on the CPU, where there is no FSDP2.
 """
 
 import argparse
@@ -26,11 +26,11 @@ import yaml
 from accelerate.utils import gather_object
 from common import QUIET, Stopwatch, make_inputs, make_parser, make_trainer, median_ratio, peak_resident_bytes, write
 
-from proma_trl import PROMAConfig, PROMATrainer
+from proma_trl import REINFORCE, IntraPROMA, PROMAConfig, PROMATrainer
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 BACKENDS = {"ddp": "multi_gpu", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
-MODES = ("none", "local", "global")
+MODES = ("none", "local", "global", "intra")
 
 
 class RandomCompletions(PROMATrainer):
@@ -46,7 +46,7 @@ class Turns(Stopwatch):
 
     Args:
         trainer (`PROMATrainer`): The trainer.
-        modes (`Sequence[str]`): `"none"` (REINFORCE) or a scope.
+        modes (`Sequence[str]`): `"none"` (REINFORCE), a scope, or `"intra"`.
         device (`str`): Where the model is.
 
     Attributes:
@@ -57,16 +57,20 @@ class Turns(Stopwatch):
         super().__init__(device)
         self.trainer, self.modes = trainer, modes
         self.accumulation = trainer.accumulation
-        self.mode = modes[0]
+        self.rule = trainer.accumulation.rule if trainer.accumulation is not None else None
+        self.mode = self.set_up = modes[0]
         self.sent = 0.0
         self.bytes: dict[str, float] = {}
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.mode = self.modes[state.global_step % len(self.modes)]
         self.trainer.accumulation = None if self.mode == "none" else self.accumulation
-        if self.mode not in ("none", self.accumulation.scope):
+        if self.mode not in ("none", self.set_up):
+            self.set_up = self.mode
             self.accumulation.detach()
-            self.accumulation.scope = self.mode
+            self.accumulation.scope = "global" if self.mode == "global" else "local"
+            self.accumulation.rule = REINFORCE() if self.mode == "intra" else self.rule
+            self.accumulation.intra = IntraPROMA() if self.mode == "intra" else None
             with self.accumulation.capture():  # starts anew now, outside of the time that is taken
                 pass
         self.sent = 0.0
@@ -103,7 +107,8 @@ def work(arguments: argparse.Namespace) -> None:
             arguments,
             length,
             folder,
-            projection="none" if arguments.mode == "none" else arguments.projection,
+            projection="none" if arguments.mode in ("none", "intra") else arguments.projection,
+            intra_dim=arguments.intra_dim if arguments.mode == "intra" else 0,
             projection_scope="global" if arguments.mode == "global" else "local",
             projection_accumulator_dtype=arguments.accumulator_dtype,
             projection_memory_budget=arguments.budget,
