@@ -124,12 +124,15 @@ class Emission:
         return rule.needs_gram or (rule.needs_accumulated and self.engine.accumulator.holds(param))
 
     def projects(self, param: nn.Parameter) -> bool:
-        """Whether Intra-PROMA projects the gradient of a parameter, if this is a linear layer's weight."""
-        return self._intra is not None and self.engine.names[param] not in self.engine.intra_excluded
+        """Whether Intra-PROMA has a gradient of a parameter to project, if this is a linear layer's weight."""
+        if self._intra is None or self.engine.names[param] in self.engine.intra_excluded:
+            return False
+        target = self._intra.settings.target
+        return target == "microbatch" or self.engine.accumulator.accumulated(param) is not None
 
     def receive_experts(self, param: nn.Parameter, experts: ExpertFactors) -> None:
         """Take what shapes the subspaces of some experts of a mixture, before the gradient of `param` is there."""
-        if self._intra is not None:
+        if self.projects(param):
             self._experts[param].append(self._intra.experts_subspaces(self.engine.names[param], experts))
 
     def knows_experts(self, param: nn.Parameter) -> bool:
@@ -189,12 +192,10 @@ class Emission:
         self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, subspaces: Sequence[Subspaces]
     ) -> torch.Tensor:
         """What has been accumulated is projected off the subspaces first."""
-        acc = self.engine.accumulator.accumulated(param)
-        if acc is None:
-            return self._combined(leaf, param, grads)
-        rest = acc.to(grads.dtype, copy=True).view(grads.shape)
+        acc = self.engine.accumulator.accumulated(param).view(grads.shape)
+        rest = acc.to(grads.dtype, copy=True)
         self._intra.remove(subspaces, rest)
-        return self._combined(leaf, param, grads, rest) + (rest - acc.view(grads.shape))
+        return self._combined(leaf, param, grads, rest) + (rest - acc)
 
     def _subspaces(self, param: nn.Parameter, grads: TensorGrads) -> Sequence[Subspaces]:
         if not self.projects(param):

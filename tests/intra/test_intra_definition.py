@@ -241,6 +241,17 @@ def test_bfloat16_autocast(rule):
             assert (gradients[name].double() - want[name]).norm() <= max(4 * rounding, 0.05) * norm, name
 
 
+@pytest.mark.parametrize("rule", [REINFORCE(), PROMA()], ids=["alone", "both"])
+@pytest.mark.parametrize("target", ["microbatch", "accumulated"])
+def test_bfloat16_weights(target, rule):
+    model, batches = tiny_model("qwen3-tied", dtype=torch.bfloat16), make_batches("qwen3-tied", 4)
+    gradients, _ = found(model, batches, rule, intra_target=target)
+    method = "none" if rule.is_plain else "iterative"
+    for name, want in expected(model, batches, target=target, method=method).items():
+        assert gradients[name].dtype == torch.bfloat16
+        assert (gradients[name].double() - want).norm() <= 0.05 * want.norm(), name
+
+
 def test_metrics():
     model, batches = tiny_model("llama-untied"), make_batches("llama-untied", 4)[:1]
     gradients, metrics = found(model, batches)
