@@ -11,7 +11,9 @@ from support.launches import (
     SCRIPTS,
 )
 
-from proma_trl import ProjectedAccumulation
+from proma_trl import PROMA, REINFORCE, ProjectedAccumulation
+from proma_trl.accumulation.accumulators import KeptAccumulator
+from proma_trl.backends.deepspeed import ZeroTwoThreeBackend
 
 
 @pytest.mark.parametrize("mark", ["ds_id", "param_idx_in_group"])
@@ -28,6 +30,26 @@ def test_a_global_scope_needs_to_know_where_an_accumulation_ends():
         ProjectedAccumulation(make_model(), microbatch_size=2, scope="global")
     with pytest.raises(ValueError, match="`scope` must be one of 'local', 'global', got 'node'"):
         ProjectedAccumulation(make_model(), microbatch_size=2, scope="node")
+
+
+@pytest.mark.parametrize(
+    ("rule", "target", "keeps"),
+    [
+        (REINFORCE(), "microbatch", False),
+        (REINFORCE(), "accumulated", True),
+        (PROMA(), "microbatch", True),
+    ],
+)
+def test_intra_alone_keeps_nothing_where_gradients_are_sharded(rule, target, keeps, monkeypatch):
+    """Under ZeRO-2 and ZeRO-3, an accumulator would take as much memory as all trainable parameters."""
+    model = make_model()
+    monkeypatch.setattr(
+        "proma_trl.accumulation.accumulation.backend_for", lambda model, accelerator: ZeroTwoThreeBackend(model)
+    )
+    accumulation = ProjectedAccumulation(model, rule, microbatch_size=2, intra_dim=3, intra_target=target)
+    with accumulation.capture():
+        pass
+    assert isinstance(accumulation._accumulator, KeptAccumulator) == keeps
 
 
 def test_loops_without_a_trainer():
