@@ -28,7 +28,7 @@ from ..sequence_grads.tensor import Scratch
 from ..torch_internals import backward_id, backward_runs
 from ..validation import check_choice, check_real, check_whole
 from .accumulators import SCOPES, Accumulator, accumulator_for
-from .emission import Engine
+from .emission import Engine, needs_sequences
 from .hooks import ModelHooks
 from .microbatch import NOT_CAPTURED, Microbatch, Phase, StartBackward
 from .sequence_check import check_sequences
@@ -236,7 +236,7 @@ class ProjectedAccumulation:
         Raises:
             RuntimeError: If a parameter's sequence gradients are wrong, with its name.
         """
-        if self.microbatch_size == 1 or num_sequences == 1 or not self._engine(self.rule).needs_sequences:
+        if self.microbatch_size == 1 or num_sequences == 1 or not needs_sequences(self.rule, self.intra):
             return
         if backend_for(self.model, self.accelerator).reduces_in_backward:
             return
@@ -309,14 +309,14 @@ class ProjectedAccumulation:
             microbatch.end_recording()
 
     def _new_hooks(self) -> ModelHooks:
-        needs_sequences = self.intra is None or not self.rule.is_plain
-        if needs_sequences and self.microbatch_size > 1:
+        all_sequences = needs_sequences(self.rule, self.intra)
+        if all_sequences and self.microbatch_size > 1:
             plan = plan_layers
         elif self.intra is not None:
             plan = partial(plan_linear_layers, head=self.intra.head)
         else:
             plan = _plan_nothing
-        return ModelHooks(self.model, self.microbatch_size, plan, needs_sequences, self._active)
+        return ModelHooks(self.model, self.microbatch_size, plan, all_sequences, self._active)
 
     def _engine(self, rule: UpdateRule) -> Engine:
         if self._accumulator is None:

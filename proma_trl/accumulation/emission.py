@@ -57,7 +57,7 @@ class Engine:
     @property
     def needs_sequences(self) -> bool:
         """Whether the gradients of single sequences are needed. If not, the backward pass is that of their sum."""
-        return self.intra is None or not self.rule.is_plain
+        return needs_sequences(self.rule, self.intra)
 
     def sequence_weights(self, advantages: torch.Tensor) -> torch.Tensor | None:
         """See [`Microbatch`]'s `weights`."""
@@ -224,6 +224,11 @@ class Emission:
             precision=lowest_precision(leaf.dtype, self._autocast),
             loss_scale=self._loss_scale,
         )
+
+
+def needs_sequences(rule: UpdateRule, intra: IntraPROMA | None) -> bool:
+    """Whether a rule, beside Intra-PROMA or without it, needs the gradients of single sequences."""
+    return intra is None or not rule.is_plain
 
 
 def lowest_precision(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:

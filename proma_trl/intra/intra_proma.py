@@ -233,6 +233,8 @@ class IntraProjection:
     def _of_gradients(self, name: str, factors: Sequence[TokenFactor]) -> torch.Tensor:
         dtype = factors[0].dtype
         rows = [self.first_rows(_use(name, i), f.first_token, f.num_tokens, dtype) for i, f in enumerate(factors)]
+        for i in range(len(factors)):  # a tensor's come to their end here
+            del self._starts[_use(name, i)]
         # The very tensor, if there is one only: a sweep of it may have been made
         rows = rows[0] if len(rows) == 1 else torch.cat(rows)
         weights = [self._unweigh.expand(-1, factor.num_tokens, -1).flatten(0, 1) for factor in factors]

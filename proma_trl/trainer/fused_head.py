@@ -34,7 +34,7 @@ class HeadSink(Sink, Protocol):
         """`"dense"`, `"factors"`, `"recompute"` or `"summed"`, for `num_positions` scored positions a sequence."""
 
     def head_rows(self, param: nn.Parameter, first: int, length: int) -> torch.Tensor | None:
-        """What the gradients of the logits are multiplied by first, if at all, for a sweep over them: `(k, N, c)`."""
+        """What the gradients of the logits are multiplied by first, if at all, for a sweep over them: `(k * N, c)`."""
 
 
 @contextmanager
@@ -152,7 +152,7 @@ class HeadGrads:
     ) -> tuple[torch.Tensor, SequenceGrads | None, torch.Tensor | None]:
         """
         Gradients of the hidden states `(k, N, H)`, of the weight (`form` of `None`: not needed) and of the bias. Where
-        the logits' gradients are not kept, a sweep of `rows`, `(k, N, c)`, is made along with them.
+        the logits' gradients are not kept, a sweep of `rows`, `(k * N, c)`, is made along with them.
         """
         k, length, size = self.hidden.shape
         vocabulary = len(self.weight)
