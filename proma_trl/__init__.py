@@ -2,7 +2,7 @@
 PROMA (Projected Microbatch Accumulation, arXiv 2601.10498) for TRL.
 
 The package's README follows one parameter tensor through a backward pass. Names load what they need: the accumulation
-and its rules load torch and accelerate, `PROMAConfig` and `PROMATrainer` also TRL.
+and its rules load torch and accelerate, the configurations and trainers also TRL.
 """
 
 import sys
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from .rules import PROMA, REINFORCE, Chain, InnerProducts, UpdateRule
     from .rules.proma import ProjectionSettings
     from .sequence_grads import register_rule
-    from .trainer import PROMAConfig, PROMATrainer
+    from .trainer import DPPOConfig, DPPOTrainer, PROMAConfig, PROMATrainer
+    from .trust_region import TrustRegion
 
 _HOMES = {
     "Chain": "rules",
+    "DPPOConfig": "trainer",
+    "DPPOTrainer": "trainer",
     "InnerProducts": "rules",
     "IntraPROMA": "intra",
     "PROMA": "rules",
@@ -29,12 +32,15 @@ _HOMES = {
     "ProjectedAccumulation": "accumulation",
     "ProjectionSettings": "rules.proma",
     "REINFORCE": "rules",
+    "TrustRegion": "trust_region",
     "UpdateRule": "rules",
     "register_rule": "sequence_grads",
 }
 
 __all__ = [
     "Chain",
+    "DPPOConfig",
+    "DPPOTrainer",
     "InnerProducts",
     "IntraPROMA",
     "PROMA",
@@ -43,6 +49,7 @@ __all__ = [
     "ProjectedAccumulation",
     "ProjectionSettings",
     "REINFORCE",
+    "TrustRegion",
     "UpdateRule",
     "register_rule",
 ]

@@ -44,6 +44,7 @@ ALGORITHMS = {
     "exact": "--algorithm proma --projection exact",
     "unbounded": "--algorithm proma --projection_bound inf",
     "isopo": "--algorithm isopo",
+    "dppo": "--algorithm dppo",
 }
 
 

@@ -22,7 +22,7 @@ import yaml
 from transformers import AutoTokenizer
 from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from proma_trl import PROMAConfig, PROMATrainer
+from proma_trl import DPPOConfig, DPPOTrainer, PROMAConfig, PROMATrainer
 from proma_trl.tools.callbacks import ACCURACY, GreedyEvaluation, JSONLMetrics
 from proma_trl.tools.curves import read_curves
 from proma_trl.tools.data import drop_long_prompts, load_gsm8k, solved_examples
@@ -31,7 +31,7 @@ from proma_trl.tools.policy_metrics import PolicyMetrics
 from proma_trl.tools.rewards import accuracy_reward, format_reward
 from proma_trl.trainer.model_card import FIGURE, CardDataset, ModelCardMixin
 
-Algorithm = Literal["proma", "proma_intra", "proma_both", "isopo", "reinforce", "grpo"]
+Algorithm = Literal["proma", "proma_intra", "proma_both", "isopo", "dppo", "reinforce", "grpo"]
 
 # The dimension of Intra-PROMA's subspaces in the paper's best runs
 INTRA_DIM = 10
@@ -46,8 +46,9 @@ class GSM8KArguments:
         metadata={
             "help": "How policy gradients become updates: `proma`, the accumulation-based variant, with ISOPO before "
             "it where `isopo` is set; `proma_intra`, Intra-PROMA, with an `intra_dim` of 10 unless it is set; "
-            "`proma_both`, both variants; `isopo` alone, `natural` unless `isopo` is set; `reinforce`, which is none "
-            "of these; or `grpo`, TRL's own GRPOTrainer with its clipping. One file of settings serves them all: an "
+            "`proma_both`, both variants; `isopo` alone, `natural` unless `isopo` is set; `dppo`, DPPO's trust region "
+            "alone, which all of the others have, too, where `divergence` is set; `reinforce`, which is none of "
+            "these; or `grpo`, TRL's own GRPOTrainer with its clipping. One file of settings serves them all: an "
             "algorithm leaves the settings of the methods that it does not have unused."
         },
     )
@@ -164,7 +165,7 @@ def make_parser(algorithm: str) -> TrlParser:
         )
         groups = [GSM8KArguments, GRPOConfig, ModelConfig, projection_arguments]
     else:
-        groups = [GSM8KArguments, PROMAConfig, ModelConfig]
+        groups = [GSM8KArguments, DPPOConfig if algorithm == "dppo" else PROMAConfig, ModelConfig]
     parser = TrlParser(groups, description=__doc__, formatter_class=HelpFormatter)
     # TrlParser reads the file itself, before argparse sees the option. This is for --help.
     parser.add_argument(
@@ -181,10 +182,12 @@ def set_methods(algorithm: str, training_args: PROMAConfig) -> None:
         training_args.intra_dim = 0
     elif training_args.intra_dim == 0:
         training_args.intra_dim = INTRA_DIM
-    if algorithm in ("proma_intra", "reinforce"):
+    if algorithm in ("proma_intra", "dppo", "reinforce"):
         training_args.isopo = "none"
     elif algorithm == "isopo" and training_args.isopo == "none":
         training_args.isopo = "natural"
+    if algorithm == "reinforce":
+        training_args.divergence = None
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -237,7 +240,7 @@ def main(arguments: list[str]) -> None:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    trainer_class = GRPOTrainer if algorithm == "grpo" else PROMATrainer
+    trainer_class = {"grpo": GRPOTrainer, "dppo": DPPOTrainer}.get(algorithm, PROMATrainer)
     trainer = trainer_class(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,

@@ -1,6 +1,7 @@
-"""TRL's trainer with an update rule: the configuration, the loss, the fused head, checks, checkpoints, model cards."""
+"""TRL's `GRPOTrainer` with the projected accumulation beneath it, and with a trust region."""
 
 from .config import PROMAConfig
+from .dppo import DPPOConfig, DPPOTrainer
 from .proma_trainer import PROMATrainer
 
-__all__ = ["PROMAConfig", "PROMATrainer"]
+__all__ = ["DPPOConfig", "DPPOTrainer", "PROMAConfig", "PROMATrainer"]

@@ -2,18 +2,33 @@
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
 from ..intra import IntraPROMA
 from ..rules import PROMA, Chain, UpdateRule
 from ..rules.isopo import ISOPO
+from ..trust_region import TrustRegion
 from ..validation import check_choice, check_real, check_whole
+from .sampler_log_probs import VLLM_MAX_TOP_K
 
 # What makes a run REINFORCE, whose backward pass is an ordinary one
 REINFORCE_SETTINGS = '`projection="none"`, `isopo="none"` and `intra_dim=0`'
+
+# Settings of DPPO beside `divergence`, and those of TRL's correction for the sampler, which DPPO's ratio is already
+_TRUST_REGION = (
+    "divergence_threshold",
+    "divergence_threshold_high",
+    "divergence_top_k",
+    "divergence_mask",
+    "ratio_cap",
+)
+_CORRECTION = tuple(f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max"))
+# What makes the distribution that is sampled from another one than the policy at its temperature
+_TRUNCATION = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
 
 # Settings of the projection that other methods use, too
 _ALSO_ISOPO = ("projection_memory_budget", "projection_scope", "projection_accumulator_dtype")
@@ -25,9 +40,9 @@ _METHODS = ("projection", "isopo", "intra")
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
-_NO_REFERENCE = "PROMA has no reference policy: its updates stay close to the policy by projection"
-_NO_CLIPPING = "PROMA does not clip importance ratios, so the value would be ignored"
-_OTHER_LOSS = "it belongs to a loss type that PROMA does not have"
+_NO_REFERENCE = "there is no reference policy: what keeps updates close to the policy is the method itself"
+_NO_CLIPPING = "importance ratios are not clipped, so the value would be ignored"
+_OTHER_LOSS = "it belongs to a loss type that is not available"
 _NO_BONUS = "an entropy bonus is not a multiple of the sequences' log-probability gradients, so it can't be projected"
 
 # Settings of GRPO that PROMA does not use or cannot honour, and why. They must keep GRPO's default.
@@ -108,7 +123,29 @@ class PROMAConfig(GRPOConfig):
             step's earlier microbatches have accumulated.
         intra_head (`bool`, *optional*, defaults to `True`):
             Whether the weight of the LM head is among the projected ones.
+        divergence (`str`, *optional*):
+            [DPPO](https://huggingface.co/papers/2602.04879): tokens whose probability an update would move further out
+            of a trust region are masked, before any projection. What it is measured by, between the policy that
+            sampled and the current one: `"binary_tv"` or `"binary_kl"` (total variation or KL divergence between "the
+            sampled token" and "another"), `"topk_tv"` or `"topk_kl"` (between the sampler's K most probable tokens,
+            the sampled one and the rest). With `projection="none"`, this is DPPO alone. `None`: no trust region. With
+            one, importance ratios are those to the sampler, and `vllm_importance_sampling_correction` is switched off,
+            as it would correct for the same again.
+        divergence_threshold (`float`, *optional*):
+            Largest divergence in the trust region. `None`: 0.15 for total variation, 0.05 for KL divergence.
+        divergence_threshold_high (`float`, *optional*):
+            The same for tokens that have become more probable. `None`: `divergence_threshold`.
+        divergence_top_k (`int`, *optional*, defaults to `20`):
+            K of `"topk_tv"` and `"topk_kl"`. vLLM gives no more than 20.
+        divergence_mask (`str`, *optional*, defaults to `"directional"`):
+            `"directional"`: tokens outside are masked where the advantage would move them further away. `"symmetric"`:
+            whatever the sign of the advantage.
+        ratio_cap (`float`, *optional*):
+            Largest importance ratio with a trust region; a capped token keeps its gradient. `None`: no cap.
     """
+
+    # What messages call the method
+    _method: ClassVar[str] = "PROMA"
 
     gradient_accumulation_steps: int = field(
         default=16,
@@ -209,6 +246,46 @@ class PROMAConfig(GRPOConfig):
         default=True,
         metadata={"help": "Whether Intra-PROMA projects the gradient of the LM head's weight."},
     )
+    divergence: str | None = field(
+        default=None,
+        metadata={
+            "help": "DPPO: what the trust region is measured by, between the policy that sampled and the current one. "
+            "`'binary_tv'`, `'binary_kl'`: total variation or KL divergence between the sampled token and all others. "
+            "`'topk_tv'`, `'topk_kl'`: between the sampler's K most probable tokens, the sampled one and the rest. "
+            "`None`: no trust region. With `projection='none'`, this is DPPO alone.",
+            "choices": ["binary_tv", "binary_kl", "topk_tv", "topk_kl"],
+        },
+    )
+    divergence_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest divergence in the trust region. `None`: 0.15 for total variation, 0.05 for KL divergence."
+        },
+    )
+    divergence_threshold_high: float | None = field(
+        default=None,
+        metadata={
+            "help": "The same for tokens that have become more probable. `None`: `divergence_threshold`.",
+        },
+    )
+    divergence_top_k: int = field(
+        default=20,
+        metadata={"help": "K of `'topk_tv'` and `'topk_kl'`. vLLM gives no more than 20."},
+    )
+    divergence_mask: str = field(
+        default="directional",
+        metadata={
+            "help": "`'directional'`: tokens outside the trust region are masked where the advantage would move them "
+            "further away. `'symmetric'`: whatever the sign of the advantage.",
+            "choices": ["directional", "symmetric"],
+        },
+    )
+    ratio_cap: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest importance ratio with a trust region; a capped token keeps its gradient. `None`: no cap."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.projection_bound, float) and self.projection_bound == math.inf:
@@ -216,6 +293,7 @@ class PROMAConfig(GRPOConfig):
         self._check_projection()
         for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
             setattr(self, name, check_whole(name, getattr(self, name)))
+        self._check_trust_region()
         super().__post_init__()
         self._refuse_unused()
 
@@ -261,6 +339,46 @@ class PROMAConfig(GRPOConfig):
                     "or `intra_dim=0`."
                 )
 
+    def _check_trust_region(self) -> None:
+        defaults = {f.name: f.default for f in fields(self)}
+        changed = [name for name in (*_TRUST_REGION, *_CORRECTION) if getattr(self, name) != defaults[name]]
+        if self.divergence is None:
+            for name in changed:
+                if name in _TRUST_REGION:
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)!r}` has no effect without a trust region. Set `divergence`, "
+                        'such as `divergence="binary_tv"`, or leave it out.'
+                    )
+            return
+        region = self.trust_region()
+        for name in changed:
+            if name in _CORRECTION:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is not available with `divergence={self.divergence!r}`, whose "
+                    "importance ratios are those to the sampler already. Leave it out; `ratio_cap` bounds the ratios."
+                )
+        if self.importance_sampling_level != "token":
+            raise ValueError(
+                f"`importance_sampling_level={self.importance_sampling_level!r}` is not available with "
+                f"`divergence={self.divergence!r}`, which weighs tokens. Leave it at `'token'`."
+            )
+        if self.use_vllm and "logprobs" in (self.generation_kwargs or {}):
+            raise ValueError(
+                "`generation_kwargs` sets `logprobs`, which `divergence` sets itself: see `divergence_top_k`. Leave "
+                "it out."
+            )
+        if region.needs_top and self.use_vllm and self.divergence_top_k > VLLM_MAX_TOP_K:
+            raise ValueError(
+                f"`divergence_top_k={self.divergence_top_k}` is more than vLLM gives, which is the log-probabilities "
+                f"of {VLLM_MAX_TOP_K} tokens at a position. Set it to {VLLM_MAX_TOP_K} or less."
+            )
+        if region.needs_top and self.use_transformers_continuous_batching:
+            raise ValueError(
+                f"`divergence={self.divergence!r}` is not available with `use_transformers_continuous_batching=True`, "
+                "which gives the log-probabilities of sampled tokens alone. Set `divergence` to `'binary_tv'` or "
+                "`'binary_kl'`, or sample with vLLM or `generate`."
+            )
+
     def update_rule(self) -> UpdateRule:
         """The update rule that these settings describe."""
         projection = self.projection_settings()
@@ -288,13 +406,27 @@ class PROMAConfig(GRPOConfig):
             head=self.intra_head,
         )
 
-    def acting_methods(self) -> list[UpdateRule | IntraPROMA]:
+    def trust_region(self) -> TrustRegion | None:
+        """The trust region that these settings describe."""
+        if self.divergence is None:
+            return None
+        return TrustRegion(
+            divergence=self.divergence,
+            threshold=self.divergence_threshold,
+            threshold_high=self.divergence_threshold_high,
+            top_k=self.divergence_top_k,
+            mask=self.divergence_mask,
+            ratio_cap=self.ratio_cap,
+        )
+
+    def acting_methods(self) -> list[UpdateRule | IntraPROMA | TrustRegion]:
         """What makes this run another than REINFORCE, for its name and what it cites. If nothing does, REINFORCE."""
         rule = self.update_rule()
         # With one microbatch a step, nothing has been accumulated before it
         rule = rule.without_accumulated() if self.gradient_accumulation_steps == 1 else rule
         intra = [self.intra_settings()] if self._intra_acts() else []
-        return intra if intra and rule.is_plain else [*intra, rule]
+        region = [] if self.divergence is None else [self.trust_region()]
+        return [*intra, *region] if (intra or region) and rule.is_plain else [*intra, rule, *region]
 
     def method_name(self) -> str:
         """What this run's method is called."""
@@ -304,6 +436,7 @@ class PROMAConfig(GRPOConfig):
         """Names of the settings that make a run what it is, for its model card."""
         acting = [prefix for prefix, acts in (("isopo", self.isopo != "none"), ("intra", self._intra_acts())) if acts]
         shown = [name for name in vars(self) if name.startswith(tuple(acting))]
+        shown += [] if self.divergence is None else ["divergence", *_TRUST_REGION]
         if self.projection == "none":
             return ["projection", *shown]
         if self._projects():
@@ -318,7 +451,7 @@ class PROMAConfig(GRPOConfig):
         intra = self.intra_settings()
         if not projection.removes:
             off = next(n for n in ("projection", "projection_strength", "projection_bound") if not self._acts(n))
-            alone = self.isopo == "none" and not intra.removes
+            alone = self.isopo == "none" and not intra.removes and self.divergence is None
             what = "removes nothing, which is REINFORCE" if alone else "removes nothing"
             used = _ALSO_ISOPO if self.isopo != "none" else ()
             if intra.removes:
@@ -359,7 +492,24 @@ class PROMAConfig(GRPOConfig):
                 "accumulated before the one microbatch. Set `gradient_accumulation_steps` to 4 or more, or "
                 '`intra_target="microbatch"`.'
             )
+        region = self.trust_region()
+        if region is not None:
+            messages += self._without_effect_on(region)
         return messages
+
+    def _without_effect_on(self, region: TrustRegion) -> Iterator[str]:
+        if not region.needs_top and self.divergence_top_k != self.__dataclass_fields__["divergence_top_k"].default:
+            yield (
+                f"`divergence_top_k={self.divergence_top_k}` has no effect with `divergence={self.divergence!r}`: "
+                'only `"topk_tv"` and `"topk_kl"` take the most probable tokens.'
+            )
+        for name, neutral in _TRUNCATION.items():
+            if getattr(self, name) not in neutral:
+                yield (
+                    f"With `{name}={getattr(self, name)!r}`, completions are sampled from another distribution than "
+                    f"the policy's, and `divergence={self.divergence!r}` measures that difference, too. DPPO is "
+                    f"meant for `{name}={neutral[0]!r}`."
+                )
 
     def changed_settings(self) -> list[str]:
         """Names of the update rule's settings that differ from their defaults."""
@@ -382,25 +532,27 @@ class PROMAConfig(GRPOConfig):
     def _refuse_unused(self) -> None:
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
-                f"`loss_type={self.loss_type!r}` is not available with PROMA, whose loss is REINFORCE. Choose how it "
+                f"`loss_type={self.loss_type!r}` is not available with {self._method}, whose loss is "
+                "REINFORCE. Choose how it "
                 f"is normalized: {', '.join(map(repr, LOSS_TYPES))}."
             )
         defaults: dict[str, Any] = {f.name: f.default for f in fields(GRPOConfig)}
         for name, reason in _UNUSED.items():
             if getattr(self, name) != defaults[name]:
                 raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` is not available with PROMA: {reason}. Leave it at its "
-                    f"default, {defaults[name]!r}, or use `GRPOTrainer`."
+                    f"`{name}={getattr(self, name)!r}` is not available with {self._method}: {reason}. Leave it at "
+                    f"its default, {defaults[name]!r}, or use `GRPOTrainer`."
                 )
         if self.router_aux_loss_coef:
             raise ValueError(
-                f"`router_aux_loss_coef={self.router_aux_loss_coef}` is not available with PROMA: the load-balancing "
-                "loss of a Mixture-of-Experts model is not a multiple of the sequences' log-probability gradients, so "
-                "it can't be projected. Set `router_aux_loss_coef=0.0`, or use `GRPOTrainer`."
+                f"`router_aux_loss_coef={self.router_aux_loss_coef}` is not available with {self._method}: the "
+                "load-balancing loss of a Mixture-of-Experts model is not a multiple of the sequences' "
+                "log-probability gradients, so it can't be projected. Set `router_aux_loss_coef=0.0`, or use "
+                "`GRPOTrainer`."
             )
         optimizer = str(getattr(self.optim, "value", self.optim))
         if optimizer in _FUSED_OPTIMIZERS or optimizer.endswith("_layerwise"):
             raise ValueError(
-                f"`optim={optimizer!r}` is not available with PROMA: it consumes gradients within the backward pass, "
-                "where PROMA accumulates them. Choose another optimizer, such as `optim='adamw_torch'`."
+                f"`optim={optimizer!r}` is not available with {self._method}: it consumes gradients within the "
+                "backward pass, where PROMA accumulates them. Choose another optimizer, such as `optim='adamw_torch'`."
             )

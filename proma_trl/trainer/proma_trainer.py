@@ -5,7 +5,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,8 +24,10 @@ from ..rules import PROMA
 from .config import PROMAConfig
 from .fused_head import sequence_head
 from .model_card import ModelCardMixin
-from .sampling import check_server
+from .sampler_log_probs import sampler_log_probs
+from .sampling import check_server, check_server_log_probs
 from .setup_checks import check_setup, settings_without_effect
+from .token_trust_region import ON_CPU, TokenTrustRegion
 from .trl_internals import SCORING, check_trl, recorded, replaced
 
 logger = logging.getLogger(__name__)
@@ -56,14 +58,17 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
     sequences change their probability fastest are removed from what has been accumulated in the step.
 
     With `intra_dim`, each microbatch's own gradient is projected, too, or alone: this is the paper's second variant,
-    Intra-PROMA.
+    Intra-PROMA. With `divergence`, tokens that left DPPO's trust region are masked, before any projection.
 
-    Beside GRPO's metrics it logs `projection/norm_ratio`, `projection/bounded_fraction` and `projection/overlap`, and
-    with Intra-PROMA `intra/norm_ratio`, `intra/captured_inputs` and `intra/captured_grads`.
+    Beside GRPO's metrics it logs `projection/norm_ratio`, `projection/bounded_fraction` and `projection/overlap`,
+    with Intra-PROMA `intra/norm_ratio`, `intra/captured_inputs` and `intra/captured_grads`, and with a trust region
+    `dppo/masked_fraction`, `dppo/divergence/mean`, `dppo/divergence/max` and `dppo/ratio/max`.
 
     Attributes:
         accumulation ([`ProjectedAccumulation`] or `None`):
-            What accumulates gradients; `None` where settings amount to REINFORCE, which needs none.
+            What accumulates gradients; `None` where settings amount to REINFORCE or DPPO, which need none.
+        trust_region ([`TokenTrustRegion`] or `None`):
+            What weighs tokens; `None` without `divergence`.
 
     Raises:
         ValueError: At construction, for a setting that can't be honoured or a layer without sequence gradients; at the
@@ -88,6 +93,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
     _tag_names: ClassVar[list[str]] = ["trl", "proma", "proma-trl"]
     _name = "PROMA"
+    _config_class: ClassVar[type[PROMAConfig]] = PROMAConfig
     _paper: ClassVar[dict[str, str]] = PROMA().papers[0]
 
     def __init__(
@@ -109,9 +115,18 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
-            args = PROMAConfig(f"{name.split('/')[-1]}-PROMA")
-        if not isinstance(args, PROMAConfig):
-            raise TypeError(f"`args` must be a `PROMAConfig`, got `{type(args).__name__}`.")
+            args = self._config_class(f"{name.split('/')[-1]}-{self._name}")
+        if not isinstance(args, self._config_class):
+            raise TypeError(f"`args` must be a `{self._config_class.__name__}`, got `{type(args).__name__}`.")
+        region = args.trust_region()
+        if region is not None:
+            # Its ratio is the one to the sampler
+            args.vllm_importance_sampling_correction = False
+        if region is not None and region.needs_top and rollout_func is not None:
+            raise ValueError(
+                f"`divergence={args.divergence!r}` needs the most probable tokens at each position, which a "
+                '`rollout_func` does not return. Set `divergence="binary_tv"` or `"binary_kl"`.'
+            )
         check_trl()
         acting = args.acting_methods()
         self._name = args.method_name()
@@ -144,6 +159,8 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             )
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             check_server(self.vllm_generation.vllm_client, self.model)
+            if region is not None:
+                check_server_log_probs(self.vllm_generation.vllm_client, args)
         without_effect = settings_without_effect(args, self.accelerator, self.model)
         if without_effect and self.accelerator.is_main_process:
             for message in without_effect:
@@ -152,6 +169,9 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         # Ratios stay unclipped
         self.epsilon_low = self.epsilon_high = math.inf
         self._checked = False
+        self.trust_region = None if region is None else TokenTrustRegion(region)
+        if region is not None:
+            self._ask_sampler_for_log_probs()
         self.accumulation: ProjectedAccumulation | None = None
         rule, intra = args.update_rule(), args.intra_settings()
         if intra.removes or not rule.is_plain:
@@ -174,13 +194,27 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             if intra.removes and self.accelerator.is_main_process:
                 self.add_callback(_LogAtStart(logging.INFO, [self._what_intra_projects()]))
 
+    def _ask_sampler_for_log_probs(self) -> None:
+        """The trust region is anchored on them; and TRL's mask of off-policy sequences takes its weights of tokens."""
+        if self.use_vllm:
+            self.vllm_generation.logprobs = self.trust_region.top_k
+        elif self.use_transformers_continuous_batching:
+            self.continuous_batching_config.return_logprobs = True
+        if self.off_policy_mask_threshold is None:
+            self.off_policy_mask_threshold = math.inf
+
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         training = self.model.training
-        if training and self.accumulation is not None:
-            loss = self._projected_loss(model, inputs)
-        else:
-            loss = super()._compute_loss(model, inputs)
-        metrics = self._metrics["train" if training else "eval"]
+        mode = "train" if training else "eval"
+        with self._token_weights(mode, inputs):
+            if training and self.accumulation is not None:
+                loss = self._projected_loss(model, inputs)
+            else:
+                with self._head(None, inputs):
+                    loss = super()._compute_loss(model, inputs)
+        if self.trust_region is not None and (not training or self.accelerator.sync_gradients):
+            self.trust_region.reduce(mode, self.accelerator)
+        metrics = self._metrics[mode]
         for name in [name for name in metrics if name.startswith("clip_ratio/")]:
             del metrics[name]
         return loss
@@ -194,31 +228,45 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
                 "then no sum of multiples of the sequences' log-probability gradients, and PROMA can't project it. "
                 "Give one advantage a sequence, or use `GRPOTrainer`."
             )
-        with self._off_policy_mask_by(advantages):
-            if not self._checked:
-                self._checked = True
-                self._check_first_microbatch(model, inputs)
-            weights = self.accumulation.sequence_weights(advantages).requires_grad_()
-            with self.accumulation.capture() as microbatch, self._head(microbatch, inputs):
-                objective = super()._compute_loss(model, {**inputs, "advantages": weights})
-            (shares,) = torch.autograd.grad(objective, weights, retain_graph=True)
+        if not self._checked:
+            self._checked = True
+            self._check_first_microbatch(model, inputs)
+        weights = self.accumulation.sequence_weights(advantages).requires_grad_()
+        with self.accumulation.capture() as microbatch, self._head(microbatch, inputs):
+            objective = super()._compute_loss(model, {**inputs, "advantages": weights})
+        (shares,) = torch.autograd.grad(objective, weights, retain_graph=True)
         return self.accumulation.loss(objective, advantages, value=(shares * advantages).sum())
 
-    def _head(self, microbatch: Microbatch, inputs: dict[str, Any]) -> AbstractContextManager:
-        """The fused LM head, with sequence gradients where these are not simply the microbatch's."""
-        if not self.accumulation.follows_head:
-            return nullcontext()
-        return sequence_head(microbatch, inputs["completion_ids"].size(1))
+    @contextmanager
+    def _head(self, microbatch: Microbatch | None, inputs: dict[str, Any]) -> Iterator[None]:
+        """The fused LM head, with all that is needed of it beyond log-probabilities of the sampled tokens."""
+        with ExitStack() as stack:
+            # Where sequence gradients are not simply the microbatch's
+            if microbatch is not None and self.accumulation.follows_head:
+                stack.enter_context(sequence_head(microbatch, inputs["completion_ids"].size(1)))
+            if self.trust_region is not None:
+                stack.enter_context(self.trust_region.reading_head(inputs))
+            yield
 
     @contextmanager
-    def _off_policy_mask_by(self, advantages: torch.Tensor) -> Iterator[None]:
-        """TRL masks sequences by the sign of their advantages, and is given others: let it see the true ones."""
-        true, original = advantages, self.get_off_policy_mask
+    def _token_weights(self, mode: str, inputs: dict[str, Any]) -> Iterator[None]:
+        """
+        What TRL multiplies tokens' losses by where it masks off-policy sequences: that mask, and the trust region's
+        weights. Both depend on the signs of advantages, in whose place the projected loss has other numbers.
+        """
+        original = self.get_off_policy_mask
 
-        def mask(advantages: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return original(true.view_as(advantages), *args, **kwargs)
+        def weights(advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold):
+            advantages = inputs["advantages"].view_as(advantages)
+            sequences = original(advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold)
+            if self.trust_region is None:
+                return sequences
+            tokens = self.trust_region.weights(
+                mode, inputs, advantages, per_token_logps, sampling_per_token_logps, mask
+            )
+            return sequences * tokens
 
-        with replaced(self, "get_off_policy_mask", mask):
+        with replaced(self, "get_off_policy_mask", weights):
             yield
 
     def _what_intra_projects(self) -> str:
@@ -237,10 +285,11 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         """Check that TRL's loss, and the model's layers, are what `_projected_loss` takes them for."""
 
         def objective(weights: torch.Tensor, microbatch: Microbatch | None) -> torch.Tensor:
-            with nullcontext() if microbatch is None else self._head(microbatch, inputs):
+            with self._head(microbatch, inputs):
                 return GRPOTrainer._compute_loss(self, model, {**inputs, "advantages": weights})
 
-        with replaced(self, "_metrics", {mode: defaultdict(list) for mode in self._metrics}):
+        uncounted = nullcontext() if self.trust_region is None else self.trust_region.uncounted()
+        with replaced(self, "_metrics", {mode: defaultdict(list) for mode in self._metrics}), uncounted:
             self._check_linearity(model, inputs)
             self.accumulation.check_sequences(objective, len(inputs["advantages"]))
 
@@ -252,7 +301,12 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             RuntimeError: If it is not.
         """
         ones = torch.ones_like(inputs["advantages"], requires_grad=True)
-        with random_numbers_kept(ones.device), torch.no_grad(), recorded(self, SCORING) as scored:
+        with (
+            random_numbers_kept(ones.device),
+            torch.no_grad(),
+            self._head(None, inputs),
+            recorded(self, SCORING) as scored,
+        ):
             GRPOTrainer._compute_loss(self, model, {**inputs, "advantages": ones.detach()})
         log_probs, *others = scored["result"]
 
@@ -288,11 +342,17 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> Any:
-        """TRL's generation; a vLLM server that fails ends training, but not what was trained."""
+        """
+        TRL's generation, with the sampler's log-probabilities where a trust region needs them. A vLLM server that
+        fails ends training, but not what was trained.
+        """
+        arguments = (prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
         try:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
+            if self.trust_region is None:
+                return super()._generate_single_turn(*arguments)
+            with sampler_log_probs(self, self.trust_region.top_k) as log_probs_of:
+                completion_ids, _ = super()._generate_single_turn(*arguments)
+            return completion_ids, log_probs_of(completion_ids)
         except Exception as error:
             # The main process alone speaks with the server
             if not (self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process):
@@ -302,6 +362,21 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
                 f"The vLLM server at {url} failed at step {self.state.global_step}: {error}\n{saved} Look into the "
                 "server's log, start it again, and resume."
             ) from error
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout. Where a trust region is anchored on the sampler, TRL need not run the policy again."""
+        if self.trust_region is None:
+            return super()._generate_and_score_completions(inputs)
+        with replaced(self, SCORING, lambda *args, **kwargs: (None, None, None)), recorded(self, "_generate") as calls:
+            rollout = super()._generate_and_score_completions(inputs)
+        _, _, _, _, log_probs, *_ = calls["result"]
+        if log_probs is None:
+            raise ValueError(
+                f"`divergence={self.args.divergence!r}` needs the log-probabilities of sampled tokens, and "
+                "`rollout_func` returned None as `logprobs`. Return them, or set `divergence=None`."
+            )
+        self.trust_region.complete_rollout(rollout, log_probs)
+        return rollout
 
     def _save_before_failing(self) -> str:
         """Save a checkpoint if this rank can by itself. Returns what became of it."""
@@ -316,6 +391,10 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         if self.accumulation is not None and self.model.training:
             for name, value in self.accumulation.pop_metrics().items():
                 self._metrics["train"][name].append(value)
+        if self.trust_region is not None:
+            mode = "train" if self.model.training else "eval"
+            for name, value in self.trust_region.pop_metrics(mode).items():
+                self._metrics[mode][name].append(value)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -338,6 +417,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         rollout = {
             "global_step": self.state.global_step,
             "ranks": self.accelerator.num_processes,
+            "top_k": self._top_k(),
             "step": self._step,
             "inputs": self._buffered_inputs,
         }
@@ -350,10 +430,15 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             return
         rollout = torch.load(path, map_location="cpu", weights_only=True)
         # With another number of ranks, completions would be missing or twice there: TRL generates anew. The file is
-        # another step's where checkpoints replace each other, as `last-checkpoint` on the Hub.
-        if (rollout["global_step"], rollout["ranks"]) == (self.state.global_step, self.accelerator.num_processes):
+        # another step's where checkpoints replace each other, as `last-checkpoint` on the Hub. And a rollout that was
+        # made for a trust region is of no use without one, nor the other way round.
+        made_for = (rollout["global_step"], rollout["ranks"], rollout.get("top_k"))
+        if made_for == (self.state.global_step, self.accelerator.num_processes, self._top_k()):
             self._step = rollout["step"]
-            self._buffered_inputs = send_to_device(rollout["inputs"], self.accelerator.device)
+            self._buffered_inputs = send_to_device(rollout["inputs"], self.accelerator.device, skip_keys=ON_CPU)
+
+    def _top_k(self) -> int | None:
+        return None if self.trust_region is None else self.trust_region.top_k
 
     def _save_rule(self, folder: Path) -> None:
         state = {} if self.accumulation is None else self.accumulation.state_dict()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import AutoConfig
 
+from .config import PROMAConfig
+
 if TYPE_CHECKING:
     from trl.generation.vllm_client import VLLMClient
 
@@ -60,4 +62,24 @@ def check_server(client: VLLMClient, model: nn.Module) -> None:
             f"The vLLM server at {client.base_url} serves another model, {served!r}: {', '.join(differing)}. Start it "
             f"with the model that is trained, `vllm serve {trained} ...`, or point `vllm_server_base_url` (or "
             "`vllm_server_host` and `vllm_server_port`) to the server that has it."
+        )
+
+
+def check_server_log_probs(client: VLLMClient, args: PROMAConfig) -> None:
+    """
+    Check that a server's log-probabilities are those of the distribution that it samples from.
+
+    Args:
+        client (`VLLMClient`): TRL's connection to the server.
+        args ([`PROMAConfig`]): The configuration, with a `divergence`.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    mode = client.get_server_info()["model_config"]["logprobs_mode"]
+    if mode != "processed_logprobs":
+        raise ValueError(
+            f"`divergence={args.divergence!r}` compares the policy with what the vLLM server at {client.base_url} "
+            f"sampled from, and the server runs with `--logprobs-mode {mode}`. Start it with `--logprobs-mode "
+            "processed_logprobs`."
         )

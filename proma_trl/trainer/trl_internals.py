@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ _METHODS = {
     "__init__": "self model reward_funcs args train_dataset eval_dataset processing_class reward_processing_classes "
     "callbacks optimizers quantization_config peft_config tools rollout_func environment_factory",
     "_compute_loss": "self model inputs",
+    "_generate": "self prompts",
+    "_generate_and_score_completions": "self inputs",
     "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
     "_load_optimizer_and_scheduler": "self checkpoint",
     "_save_checkpoint": "self model trial",
@@ -33,9 +35,13 @@ _ATTRIBUTES = (
     "_metrics",
     "_step",
     "aux_loss_enabled",
+    "continuous_batching_config",
     "epsilon_high",
     "epsilon_low",
+    "off_policy_mask_threshold",
+    "rollout_func",
     "temperature",
+    "use_transformers_continuous_batching",
     "use_vllm",
     "vllm_generation",
     "vllm_mode",
@@ -140,6 +146,26 @@ def replaced_kernel(kernel: Any) -> Iterator[Any]:
         replaced(trl_utils, "_use_triton", lambda device: False),
     ):
         yield original
+
+
+@contextmanager
+def observed_head(read: Callable[..., None]) -> Iterator[None]:
+    """Within the context, `read` is called with what the fused head of TRL's models returns, and its arguments."""
+
+    class Head:
+        @staticmethod
+        def apply(*arguments: Any) -> tuple[torch.Tensor | None, ...]:
+            outputs = original.apply(*arguments)
+            read(outputs, *arguments)
+            return outputs
+
+    with replaced(trl_utils, "_ChunkedLogProbFunction", Head) as original:
+        yield
+
+
+def head_is_compact(device: torch.device) -> bool:
+    """Whether the fused head is given unmasked positions only."""
+    return trl_utils._use_triton(device)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ CARD_NAMES = {
     "proma": "PROMA",
     "proma_intra": "Intra-PROMA",
     "proma_both": "Intra-PROMA and PROMA",
+    "dppo": "DPPO",
     "reinforce": "REINFORCE",
     "grpo": "GRPO",
 }
@@ -185,7 +186,10 @@ def test_help_is_complete():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--algorithm", "ppo"], "--algorithm: 'ppo' is none of proma, proma_intra, proma_both, isopo, reinforce,"),
+        (
+            ["--algorithm", "ppo"],
+            "--algorithm: 'ppo' is none of proma, proma_intra, proma_both, isopo, dppo, reinforce,",
+        ),
         (["--config", "nowhere.yaml"], "--config: there is no file 'nowhere.yaml'"),
     ],
 )

@@ -52,7 +52,7 @@ def make_model(architecture="qwen3-tied", **kwargs):
 def make_trainer(
     output_dir, model=None, trainer_class=PROMATrainer, config_class=PROMAConfig, args=None, prompts=64, **kwargs
 ):
-    trainer_names = ("peft_config", "callbacks", "eval_dataset")
+    trainer_names = ("peft_config", "callbacks", "eval_dataset", "rollout_func")
     trainer_kwargs = {name: kwargs.pop(name) for name in trainer_names if name in kwargs}
     model = make_model() if model is None else model
     # FSDP's modules can't be copied

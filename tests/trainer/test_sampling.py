@@ -1,10 +1,11 @@
 """Completions that another sampler made, or an earlier policy: corrections are token weights, and ratios unclipped."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support import oracle
+from support import dppo, oracle
 from support.harness import (
     TOKENIZER,
     definition,
@@ -304,3 +305,210 @@ def test_continuous_batching(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 2
     assert trainer.state.log_history[0]["projection/norm_ratio"] > 0
+
+
+# What a trust region takes from samplers
+
+
+class TopSampler(OtherSampler):
+    """
+    Stands in for vLLM as it is asked for K log-probabilities: the K most probable tokens, in the order of their ranks,
+    and the sampled one wherever that is.
+    """
+
+    def generate(self, prompts, images, num_generations, profiler):
+        assert self.logprobs == 3
+        completions, log_probs, ids = [], [], []
+        for _ in prompts:
+            logits = 2 * torch.randn(
+                int(torch.randint(3, 8, (), generator=self.generator)), 9, generator=self.generator
+            )
+            values = logits.log_softmax(-1)
+            tokens = values.exp().multinomial(1, generator=self.generator).squeeze(1)
+            completions.append([6 + token for token in tokens.tolist()])
+            log_probs.append([]), ids.append([])
+            for row, token in zip(values, tokens, strict=True):
+                ranked = row.argsort(descending=True)
+                shown = [*ranked[:3].tolist(), *([] if token in ranked[:3] else [token.item()])]
+                log_probs[-1].append([row[i].item() for i in shown])
+                ids[-1].append([6 + i for i in shown])
+            self.reported[tuple(completions[-1])] = values
+        log_probs[0][0] = [None] * len(log_probs[0][0])
+        return prompts, completions, log_probs, ids
+
+
+def test_the_most_probable_tokens_of_an_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", TopSampler)
+    recorder = Recorder()
+    settings = {"divergence": "topk_kl", "divergence_top_k": 3, "max_grad_norm": 0.0}
+    trainer = recorder.follow(make_trainer(tmp_path, use_vllm=True, **settings))
+    assert not trainer.vllm_importance_sampling_correction
+    trainer.train()
+    ((weights, found, microbatches),) = recorder.steps
+    model = copy.deepcopy(trainer.pristine)
+    model.load_state_dict(weights)
+    outside, missing = 0, 0
+    for inputs in microbatches:
+        for i, mask in enumerate(inputs["completion_mask"].bool()):
+            values = trainer.vllm_generation.reported[tuple(inputs["completion_ids"][i][mask].tolist())]
+            for t, row in enumerate(values):
+                token = inputs["completion_ids"][i, t].item() - 6
+                own, top = inputs["sampling_per_token_logps"][i, t], inputs["sampling_top_ids"][i, t].tolist()
+                log_probs = inputs["sampling_top_logps"][i, t].tolist()
+                if own.isnan():
+                    missing += 1
+                    assert top == [-1, -1, -1]
+                    continue
+                assert own == pytest.approx(row[token].item())
+                want = {6 + j: row[j].item() for j in row.topk(3).indices.tolist()}
+                outside += 6 + token not in want
+                want.pop(6 + token, None)
+                assert {a: b for a, b in zip(top, log_probs, strict=True) if a >= 0} == pytest.approx(want)
+        inputs["weights"] = dppo.token_weights(trainer.args, model.double(), inputs)
+    assert outside > 5 and missing == 1
+    assert trainer.state.log_history[0]["dppo/missing_fraction"] > 0
+    assert any((inputs["weights"] == 0).any() for inputs in microbatches)
+    trainer.model.load_state_dict(weights)
+    oracle.assert_close(found, oracle.accumulate(*definition(trainer, microbatches)), 1e-4)
+
+
+def test_an_engines_log_probabilities_of_sampled_tokens(tmp_path):
+    """The binary divergences ask for no others, and the engine's own ratio is the one that counts."""
+    recorder = Recorder()
+    settings = {"divergence": "binary_tv", "divergence_threshold": 0.02, "max_grad_norm": 0.0}
+    trainer = recorder.follow(make_trainer(tmp_path, use_vllm=True, **settings))
+    trainer.train()
+    assert trainer.vllm_generation.logprobs == 0
+    ((weights, found, microbatches),) = recorder.steps
+    model = copy.deepcopy(trainer.pristine)
+    model.load_state_dict(weights)
+    for inputs in microbatches:
+        assert not {"importance_sampling_ratio", "old_per_token_logps", "sampling_top_ids"} & inputs.keys()
+        assert inputs["sampling_per_token_logps"].isnan().any(1).all()
+        inputs["weights"] = dppo.token_weights(trainer.args, model.double(), inputs)
+    trainer.model.load_state_dict(weights)
+    oracle.assert_close(found, oracle.accumulate(*definition(trainer, microbatches)), 1e-4)
+
+
+def test_continuous_batching_gives_log_probabilities(tmp_path):
+    settings = {"divergence": "binary_tv", "temperature": 0.7, "max_steps": 2}
+    trainer = make_trainer(tmp_path, use_transformers_continuous_batching=True, **settings)
+    trainer.train()
+    record = trainer.state.log_history[0]
+    assert record["dppo/divergence/max"] < 1e-4 and record["dppo/missing_fraction"] == 0
+    assert record["dppo/ratio/max"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_server_whose_log_probabilities_are_of_another_distribution(tmp_path, monkeypatch):
+    raw = {"model_config": {"model": "", "logprobs_mode": "raw_logprobs"}}
+    monkeypatch.setattr(Server, "get_server_info", lambda self: raw)
+    monkeypatch.setattr("proma_trl.trainer.proma_trainer.check_server", lambda client, model: None)
+    with pytest.raises(
+        ValueError, match=r"`divergence='binary_kl'`.*--logprobs-mode raw_logprobs.*processed_logprobs"
+    ):
+        make_trainer(tmp_path, use_vllm=True, vllm_mode="server", divergence="binary_kl")
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 1}])
+def test_beams_are_not_drawn_token_by_token(kwargs, tmp_path):
+    trainer = make_trainer(tmp_path, divergence="binary_tv", generation_kwargs=kwargs)
+    with pytest.raises(RuntimeError, match=r"(?s)not drawn one by one.*`divergence`.*out of `generation_kwargs`"):
+        trainer.train()
+
+
+def rollout(log_probs):
+    """A rollout function whose completions are three tokens long."""
+
+    def function(prompts, trainer):
+        ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        values = [[-4.6, -4.6, -4.6] for _ in prompts] if log_probs else None
+        return {"prompt_ids": ids, "completion_ids": [[7, 8, 9] for _ in prompts], "logprobs": values}
+
+    return function
+
+
+def test_a_rollout_functions_log_probabilities(tmp_path):
+    trainer = make_trainer(tmp_path, divergence="binary_tv", rollout_func=rollout(True))
+    trainer.train()
+    assert trainer.state.log_history[0]["dppo/divergence/mean"] > 1e-4
+
+
+def test_a_rollout_function_without_log_probabilities(tmp_path):
+    trainer = make_trainer(tmp_path, divergence="binary_tv", rollout_func=rollout(False))
+    with pytest.raises(
+        ValueError, match=r"`divergence='binary_tv'` needs .*`rollout_func` returned None as `logprobs`"
+    ):
+        trainer.train()
+    with pytest.raises(ValueError, match=r"`divergence='topk_tv'` needs the most probable tokens.*`rollout_func`"):
+        make_trainer(tmp_path, divergence="topk_tv", rollout_func=rollout(True))
+
+
+@pytest.mark.parametrize("use_vllm", [False, True])
+def test_turns_with_tools(use_vllm, tmp_path, monkeypatch):
+    """A tool's tokens come between the sampled ones of two turns; each keeps its own log-probabilities."""
+    if use_vllm:
+        monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", PolicySampler)
+    calls = iter(range(1000))
+
+    def parse(tokenizer, ids, **kwargs):
+        message = {"role": "assistant", "content": tokenizer.decode(ids)}
+        if next(calls) % 2:
+            return message
+        return {**message, "tool_calls": [{"type": "function", "function": {"name": "tool", "arguments": {}}}]}
+
+    def tool():
+        """A tool."""
+        return "result"
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.parse_response", parse)
+    monkeypatch.setattr(TOKENIZER, "response_template", "any", raising=False)
+    settings = {"divergence": "topk_kl", "divergence_top_k": 4, "max_completion_length": 14, "use_vllm": use_vllm}
+    recorder = Recorder()
+    trainer = recorder.follow(make_trainer(tmp_path, reward_funcs=length_reward, **settings))
+    trainer.train_dataset = trainer.train_dataset.map(
+        lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]}
+    )
+    trainer.tools = trainer._standalone_tools = [tool]
+    trainer.max_tool_calling_iterations = 1
+    trainer._get_tool_suffix_ids = lambda messages: [10, 11, 12]
+    if not use_vllm:
+        trainer.generation_config.max_new_tokens = 5
+    trainer.train()
+    ((_, _, microbatches),) = recorder.steps
+    tools = 0
+    for inputs in microbatches:
+        for mask, real, top in zip(
+            inputs["tool_mask"], inputs["completion_mask"], inputs["sampling_top_ids"], strict=True
+        ):
+            tools += ((mask == 0) & (real == 1)).sum().item()
+            assert (top[mask == 0] == -1).all() and (top[(mask == 1) & (real == 1)] >= 0).any(-1).all()
+    assert tools >= 12
+    record = trainer.state.log_history[0]
+    assert record["dppo/missing_fraction"] == 0 and record["dppo/divergence/max"] < 1e-4
+    assert record["dppo/ratio/max"] == pytest.approx(1, abs=1e-3)
+
+
+def length_reward(completions, **kwargs):
+    return [float(len(completion[0]["content"])) + i for i, completion in enumerate(completions)]
+
+
+class PolicySampler(OtherSampler):
+    """Stands in for an engine that has the policy's weights."""
+
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=SimpleNamespace(max_model_len=512)))
+
+    def generate(self, prompts, images, num_generations, profiler):
+        completions, log_probs, ids = [], [], []
+        for prompt in prompts:
+            context = list(prompt)
+            log_probs.append([]), ids.append([])
+            for _ in range(4):
+                with torch.no_grad():
+                    row = self.model(input_ids=torch.tensor([context])).logits[0, -1].log_softmax(-1)
+                context.append(row.exp().multinomial(1, generator=self.generator).item())
+                shown = row.topk(self.logprobs).indices.tolist()
+                shown += [] if context[-1] in shown else [context[-1]]
+                ids[-1].append(shown)
+                log_probs[-1].append(row[shown].tolist())
+            completions.append(context[len(prompt) :])
+        return prompts, completions, log_probs, ids
