@@ -206,7 +206,12 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         training = self.model.training
         mode = "train" if training else "eval"
+        if training and self.accumulation is not None:
+            _refuse_token_advantages(inputs["advantages"])
         with self._token_weights(mode, inputs):
+            if training and not self._checked:
+                self._checked = True
+                self._check_first_microbatch(model, inputs)
             if training and self.accumulation is not None:
                 loss = self._projected_loss(model, inputs)
             else:
@@ -222,15 +227,6 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
     def _projected_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss, linear in the advantages, taken apart: each sequence's part, and its advantage."""
         advantages = inputs["advantages"]
-        if advantages.dim() != 1:
-            raise ValueError(
-                f"Advantages of shape {tuple(advantages.shape)} weigh tokens, not sequences: the policy gradient is "
-                "then no sum of multiples of the sequences' log-probability gradients, and PROMA can't project it. "
-                "Give one advantage a sequence, or use `GRPOTrainer`."
-            )
-        if not self._checked:
-            self._checked = True
-            self._check_first_microbatch(model, inputs)
         weights = self.accumulation.sequence_weights(advantages).requires_grad_()
         with self.accumulation.capture() as microbatch, self._head(microbatch, inputs):
             objective = super()._compute_loss(model, {**inputs, "advantages": weights})
@@ -282,7 +278,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         return f"{what} The other parameters keep their gradients: {shown}." if rest else what
 
     def _check_first_microbatch(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
-        """Check that TRL's loss, and the model's layers, are what `_projected_loss` takes them for."""
+        """Check that TRL's loss, and the model's layers, are what the methods above take them for."""
 
         def objective(weights: torch.Tensor, microbatch: Microbatch | None) -> torch.Tensor:
             with self._head(microbatch, inputs):
@@ -290,8 +286,42 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
         uncounted = nullcontext() if self.trust_region is None else self.trust_region.uncounted()
         with replaced(self, "_metrics", {mode: defaultdict(list) for mode in self._metrics}), uncounted:
-            self._check_linearity(model, inputs)
-            self.accumulation.check_sequences(objective, len(inputs["advantages"]))
+            if self.trust_region is not None:
+                self._check_token_weights(model, inputs)
+            if self.accumulation is not None:
+                self._check_linearity(model, inputs)
+                self.accumulation.check_sequences(objective, len(inputs["advantages"]))
+
+    def _check_token_weights(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+        """
+        Check that the loss multiplies each token's part by its weight, and by no ratio besides.
+
+        Raises:
+            RuntimeError: If it does not.
+        """
+        sampled = inputs["sampling_per_token_logps"].nan_to_num().float()
+        weights = 0.5 + torch.arange(sampled.numel(), device=sampled.device).view_as(sampled) % 3
+
+        def gradient(inputs: dict[str, Any], threshold: float | None) -> torch.Tensor:
+            """By log-probabilities that are not the sampler's."""
+            leaf = (sampled - weights).requires_grad_()
+            scores = (leaf, torch.zeros_like(leaf), None)
+            with (
+                replaced(self, SCORING, lambda *args, **kwargs: scores),
+                replaced(self, "off_policy_mask_threshold", threshold),
+            ):
+                return torch.autograd.grad(GRPOTrainer._compute_loss(self, model, inputs), leaf)[0]
+
+        with replaced(self.trust_region, "weights", lambda *args: weights):
+            found = gradient(inputs, math.inf)
+        without = {name: x for name, x in inputs.items() if name != "sampling_per_token_logps"}
+        want = weights * gradient(without, None)
+        if (found - want).norm() > 1e-4 * want.norm():
+            raise RuntimeError(
+                f"The loss of the installed TRL (`loss_type={self.loss_type!r}`) does not weigh tokens as its mask of "
+                "off-policy sequences says, through which `divergence` acts, so that gradients would be wrong. "
+                "Install a TRL version within the bounds of proma-trl's requirements, or set `divergence=None`."
+            )
 
     def _check_linearity(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         """
@@ -458,3 +488,12 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
     def _rollout_file(self) -> str:
         return f"rollout_{self.accelerator.process_index}.pt"
+
+
+def _refuse_token_advantages(advantages: torch.Tensor) -> None:
+    if advantages.dim() != 1:
+        raise ValueError(
+            f"Advantages of shape {tuple(advantages.shape)} weigh tokens, not sequences: the policy gradient is then "
+            "no sum of multiples of the sequences' log-probability gradients, and PROMA can't project it. Give one "
+            "advantage a sequence, or use `GRPOTrainer`."
+        )

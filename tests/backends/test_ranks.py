@@ -104,6 +104,7 @@ def test_resuming_ends_with_the_same_weights(backend, tmp_path):
     args = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "steps_per_generation": 6, "seed": 3}
     args |= {"model_init_kwargs": {"dtype": "float32"}, "per_device_train_batch_size": 2}
     kinds = {"full": {"args": args}, "lora": {"args": args, "lora": True}, "intra": {"args": {**args, "intra_dim": 3}}}
+    kinds["dppo"] = {"args": {**args, "divergence": "topk_tv", "divergence_threshold": 1e-3}}
     cases = {}
     for kind, case in kinds.items():
         cases[f"whole-{kind}"] = {"model": "qwen3-tied", **case}

@@ -22,11 +22,17 @@ DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 ONCE = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}
 
 
-def train(output_dir, report_to):
+def train(output_dir, report_to, **settings):
     """Three steps with everything that is logged in them. Returns the trainer's records."""
     prompts = Dataset.from_dict({"prompt": ["ab", "cde"]})
     trainer = make_trainer(
-        output_dir, report_to=report_to, max_steps=3, eval_strategy="steps", eval_steps=2, eval_dataset=prompts
+        output_dir,
+        report_to=report_to,
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_dataset=prompts,
+        **settings,
     )
     problems = Dataset.from_dict({"prompt": ["1 + 1?"], "answer": ["2"]})
     trainer.add_callback(GreedyEvaluation(trainer, problems, every_steps=2))
@@ -100,9 +106,14 @@ def test_trackers_that_are_modules(tmp_path, monkeypatch, tracker):
     assert order.count("finish") == (tracker == "trackio")
 
 
-def test_every_metric_is_documented(tmp_path):
+@pytest.mark.parametrize(
+    "settings", [{}, {"isopo": "natural", "intra_dim": 2}, {"divergence": "topk_tv", "ratio_cap": 5.0}]
+)
+def test_every_metric_is_documented(settings, tmp_path):
     documented = re.findall(r"`([\w<>*/]+)`", "".join(re.findall(r"^\| (`.*?) \|", DOCS.read_text(), re.MULTILINE)))
     patterns = [re.sub(r"<\w+>|\*", r"\\w+", name) for name in documented if name != "eval_<name>"]
-    names = {name.removeprefix("eval_") for record in train(tmp_path, "none") for name in record} - {"step"}
+    names = {name.removeprefix("eval_") for record in train(tmp_path, "none", **settings) for name in record} - {
+        "step"
+    }
     missing = {n for n in names if not any(re.fullmatch(p.removeprefix("eval_"), n) for p in patterns)}
     assert missing == set()

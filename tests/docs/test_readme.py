@@ -32,8 +32,26 @@ def test_the_plain_loop():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_weights_of_a_trust_region():
+    text = (Path(__file__).parents[2] / "docs" / "dppo.md").read_text(encoding="utf-8")
+    code = re.search(r"<!-- weights:.*?-->\n```python\n(.*?)```", text, re.DOTALL).group(1)
+    log_probs = torch.tensor([[-0.1, -2.0], [-0.5, -3.0]], requires_grad=True)
+    names = {
+        "advantages": torch.tensor([1.0, -1.0]),
+        "log_probs": log_probs,
+        "sampler_log_probs": torch.tensor([[-1.0, -2.1], [-0.4, -1.0]]),
+    }
+    exec(code, names)
+    names["loss"].backward()
+    # The first token went up, and the last one down, by more than 0.15
+    want = -torch.tensor([[0.0, 0.1], [-0.1, 0.0]]).exp() * torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) / 4
+    torch.testing.assert_close(log_probs.grad, want)
+
+
 def test_settings_and_their_defaults():
     from proma_trl import PROMAConfig
 
-    for name, default in re.findall(r"^\| `((?:projection|isopo|intra)\w*)` \| `(.*?)` \|", README, re.MULTILINE):
+    for name, default in re.findall(
+        r"^\| `((?:projection|isopo|intra|divergence|ratio)\w*)` \| `(.*?)` \|", README, re.MULTILINE
+    ):
         assert getattr(PROMAConfig, name) == eval(default), name

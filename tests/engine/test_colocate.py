@@ -1,5 +1,6 @@
 """PROMATrainer on completions of a real vLLM engine in its own process."""
 
+import copy
 import statistics
 
 import pytest
@@ -88,3 +89,77 @@ def test_rewards_are_learned(mode, policy, tmp_path):
     assert record["projection/norm_ratio"] > 0
     # Sampler and trainer are the same policy up to rounding, so the correction is close to one
     assert record["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=0.05)
+
+
+class Rollouts(TrainerCallback):
+    """Keeps the microbatches of each optimizer step, with the policy's log-probabilities that the loss takes."""
+
+    def __init__(self):
+        self.steps, self.microbatches = [], []
+
+    def follow(self, trainer):
+        original = trainer._compute_loss
+        trainer._compute_loss = lambda model, inputs: self.microbatches.append(dict(inputs)) or original(model, inputs)
+        return trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append((copy.deepcopy(model.state_dict()), self.microbatches))
+        self.microbatches = []
+
+
+@pytest.mark.parametrize("kind", ["binary_kl", "topk_tv"])
+def test_a_trust_region_is_anchored_on_the_engine(kind, policy, tmp_path):
+    """The engine's log-probabilities, of the sampled tokens and of the most probable ones, are the trainer's own."""
+    rollouts = Rollouts()
+    settings = {"divergence": kind, "projection": "none", "temperature": 0.8, "max_steps": 2, "learning_rate": 1e-2}
+    trainer = rollouts.follow(make_trainer(policy, tmp_path, callbacks=[rollouts], **settings))
+    assert trainer.vllm_generation.logprobs == (20 if kind == "topk_tv" else 0)
+    trainer.train()
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    tokens, others, outside = [], [], 0
+    for weights, microbatches in rollouts.steps:
+        model.load_state_dict(weights)
+        for inputs in microbatches:
+            mask = inputs["completion_mask"].bool()
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+            attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+            with torch.no_grad():
+                logits = model(input_ids=ids, attention_mask=attention).logits[:, -mask.shape[1] - 1 : -1]
+            log_probs = (logits / 0.8).log_softmax(-1)
+            own = log_probs.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+            tokens += (own - inputs["sampling_per_token_logps"])[mask].abs().tolist()
+            if kind == "topk_tv":
+                top, known = inputs["sampling_top_ids"].long(), inputs["sampling_top_ids"] >= 0
+                found = log_probs.gather(-1, top.clamp(min=0)) - inputs["sampling_top_logps"]
+                others += found[known & mask.unsqueeze(-1)].abs().tolist()
+                # Twenty others where the sampled token is not one of the twenty
+                outside += (known.sum(-1) == 20)[mask].sum().item()
+                # No token is twice there, and all are more probable than the rest
+                assert not (top == inputs["completion_ids"].unsqueeze(-1))[known].any()
+                rest = log_probs.scatter(-1, top.clamp(min=0), -torch.inf)
+                rest = rest.scatter(-1, inputs["completion_ids"].unsqueeze(-1), -torch.inf).amax(-1)
+                least = inputs["sampling_top_logps"].masked_fill(~known, torch.inf).amin(-1)
+                assert (least >= rest - 0.05)[mask].all()
+    assert len(tokens) > 200 and max(tokens) < 0.05
+    assert (kind == "binary_kl") == (not others)
+    if others:
+        assert max(others) < 0.05 and 0 < outside < len(tokens)
+    records = [record for record in trainer.state.log_history if "reward" in record]
+    for record in records:
+        assert record["dppo/masked_fraction"] == 0 and record["dppo/missing_fraction"] == 0
+        assert record["dppo/divergence/max"] < 0.02
+        assert not any(name.startswith("sampling/") for name in record)
+
+
+@pytest.mark.parametrize("projection", ["none", "iterative"])
+def test_rewards_are_learned_in_a_trust_region(projection, policy, tmp_path):
+    """Two optimizer steps a generation: the second is off-policy."""
+    settings = {"divergence": "topk_tv", "divergence_threshold": 0.1, "steps_per_generation": 8, "max_steps": 30}
+    trainer = make_trainer(policy, tmp_path, projection=projection, **settings)
+    trainer.train()
+    records = [record for record in trainer.state.log_history if "dppo/divergence/max" in record]
+    assert len(records) == 30
+    rewards = [record["reward"] for record in trainer.state.log_history if "reward" in record]
+    assert statistics.mean(rewards[-3:]) > statistics.mean(rewards[:3]) + 0.2
+    assert max(record["dppo/divergence/max"] for record in records[::2]) < 0.05
+    assert any(record["dppo/masked_fraction"] > 0 for record in records[1::2])

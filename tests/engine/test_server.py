@@ -90,6 +90,19 @@ def test_training_over_http(policy, server, tmp_path):
     assert differences[0] < 0.05 < differences[-1]
 
 
+def test_a_trust_region_over_http(policy, server, tmp_path):
+    """The server gives twenty tokens at a position, and the policy leaves the one that it serves."""
+    region = {"divergence": "topk_kl", "divergence_threshold": 0.02}
+    trainer = server_trainer(policy, tmp_path, server, max_steps=3, learning_rate=1e-2, **region)
+    trainer.train()
+    records = [record for record in trainer.state.log_history if "reward" in record]
+    assert len(records) == 3 and all(record["dppo/missing_fraction"] == 0 for record in records)
+    assert records[0]["dppo/divergence/max"] < 0.01 and records[0]["dppo/ratio/max"] == pytest.approx(1, abs=0.05)
+    # Weights don't reach the server here, so that its rollouts are stale
+    assert records[-1]["dppo/divergence/mean"] > 10 * records[0]["dppo/divergence/mean"]
+    assert records[-1]["dppo/masked_fraction"] > 0
+
+
 def test_a_server_that_is_not_up(policy, tmp_path):
     with pytest.raises(
         requests.exceptions.ConnectionError,

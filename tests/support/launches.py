@@ -14,7 +14,7 @@ from accelerate.utils import is_deepspeed_available
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from support import intra, oracle
+from support import dppo, intra, oracle
 from support.harness import LORA, TOKENIZER, batch_objectives, make_args, make_model, sequence_objective
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +143,10 @@ def assert_the_definitions(case, folder, tolerance=1e-5, **settings):
     found, total = change(case, folder, model), {}
     model.double()
     isopo = oracle.Isopo(case["args"]["isopo"]) if "isopo" in case["args"] else None
+    shares = []
     for step, ranks in enumerate(steps(folder)):
+        if "divergence" in case["args"]:
+            shares.append(weigh_tokens(case, folder, model, ranks))
         if "intra_dim" in case["args"]:
             tied = "qwen3" in case["model"]
             head = None if case["lora"] else "model.embed_tokens.weight" if tied else "lm_head.weight"
@@ -156,7 +159,18 @@ def assert_the_definitions(case, folder, tolerance=1e-5, **settings):
             for name, grad in grads.items():
                 model.get_parameter(name).sub_(case["args"]["learning_rate"] * grad)
                 total[name] = total.get(name, 0) + grad
+    if shares:
+        assert shares[0] == 0 and 0 < shares[1] < 1, shares
     oracle.assert_close(found, total, tolerance)
+
+
+def weigh_tokens(case, folder, model, ranks):
+    """Adds the definition's token weights to the microbatches of a step; returns the share of masked tokens."""
+    args, seen = make_args(folder / "unused", **case["args"]), []
+    for inputs in (inputs for rank in ranks for inputs in rank):
+        inputs["weights"] = dppo.token_weights(args, model, inputs, args.temperature)
+        seen.append(inputs["weights"][inputs["completion_mask"].bool()] == 0)
+    return torch.cat(seen).double().mean().item()
 
 
 # One optimizer step of plain gradient descent: what changes is the gradient. The rate is so large that float32 weights
@@ -217,6 +231,27 @@ CASES |= {
         ("qwen3-tied", False, "-both", {"projection": "iterative"}),
         ("qwen3-tied", True, "-both-single", {"projection": "exact", "per_device_train_batch_size": 1}),
         ("llama-untied", False, "-single", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}),
+    )
+}
+# The second step is on a rollout that the first has made stale
+STALE = {**SHORT, "divergence": "topk_tv", "divergence_top_k": 6, "divergence_threshold": 0.01}
+CASES |= {
+    f"llama-untied{'-lora' if lora else ''}-dppo{suffix}": {
+        "model": "llama-untied",
+        "lora": lora,
+        "prompts": 4,
+        "args": {**STEP, **STALE, **extra},
+    }
+    for lora, suffix, extra in (
+        (False, "", {}),
+        (False, "-alone", {"projection": "none", "gradient_checkpointing": True}),
+        (False, "-global", {"projection_scope": "global", "divergence": "topk_kl"}),
+        (
+            True,
+            "-alone",
+            {"projection": "none", "divergence_threshold": 0.08, "divergence_mask": "symmetric", "ratio_cap": 1.01},
+        ),
+        (False, "-intra", {"projection": "none", "intra_dim": 3}),
     )
 }
 BACKENDS = {

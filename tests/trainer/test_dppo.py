@@ -18,9 +18,12 @@ from support.harness import (
     token_log_probs,
     trainer_gradients,
 )
+from trl import GRPOTrainer
 
-from proma_trl import DPPOConfig, DPPOTrainer, PROMAConfig, PROMATrainer
+from proma_trl import DPPOConfig, DPPOTrainer, PROMAConfig, PROMATrainer, TrustRegion
 from proma_trl.trainer import top_log_probs
+from proma_trl.trainer.token_trust_region import Statistics
+from proma_trl.trainer.trl_internals import replaced
 from proma_trl.trust_region.trust_region import DIVERGENCES, MASKS
 
 # Thresholds at which some tokens of the microbatches below are masked, and some are not
@@ -94,6 +97,15 @@ def test_every_fused_head(architecture, k, tmp_path, monkeypatch):
     monkeypatch.setattr(top_log_probs, "_TILE_ELEMENTS", 1000)
     kind = {"divergence": "topk_tv", "divergence_top_k": 7, "divergence_threshold": 0.2}
     assert_the_definitions(dppo_trainer(tmp_path, architecture, k, temperature=0.7, **kind), architecture, k)
+
+
+@pytest.mark.parametrize("projection", ["none", "iterative"])
+@pytest.mark.parametrize("architecture", ["llama-untied", "gptj"])
+def test_a_head_that_is_given_unmasked_positions_only(architecture, projection, tmp_path, monkeypatch):
+    """As on CUDA."""
+    monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device: True)
+    settings = {"divergence": "topk_tv", "divergence_threshold": 0.2, "projection": projection}
+    assert_the_definitions(dppo_trainer(tmp_path, architecture, 4, **settings), architecture, 4)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
@@ -489,6 +501,60 @@ def test_peft(tmp_path):
     ((weights, found, microbatches),) = recorded.steps
     trainer.model.load_state_dict(weights)
     oracle.assert_close(found, oracle.accumulate(*definition(trainer, microbatches)), 1e-4)
+
+
+@pytest.mark.parametrize("projection", ["none", "iterative"])
+@pytest.mark.parametrize("change", ["no mask", "another ratio"])
+def test_a_loss_that_weighs_tokens_otherwise_is_refused(change, projection, tmp_path, monkeypatch):
+    """As that of a TRL version in which it has moved."""
+    original = GRPOTrainer._compute_loss
+
+    def other(self, model, inputs):
+        if change == "another ratio":
+            old = (
+                {"old_per_token_logps": inputs["sampling_per_token_logps"]}
+                if "sampling_per_token_logps" in inputs
+                else {}
+            )
+            return original(self, model, {**inputs, **old})
+        with replaced(self, "off_policy_mask_threshold", None):
+            return original(self, model, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", other)
+    trainer = make_trainer(tmp_path, divergence="binary_tv", projection=projection)
+    with pytest.raises(RuntimeError, match="does not weigh tokens as its mask of off-policy sequences says"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_statistics_of_several_ranks():
+    """The fractions are over all ranks' tokens, and the maxima are the largest."""
+
+    class Two:
+        """A rank beside another one that has seen three times as much, and twice as large numbers."""
+
+        def reduce(self, sums, reduction):
+            return 4 * sums
+
+        def gather(self, maxima):
+            return torch.cat([maxima, 2 * maxima])
+
+    statistics = Statistics()
+    mask = torch.tensor([[True, True], [True, False]])
+    found = TrustRegion(ratio_cap=1.5).token_weights(
+        torch.ones(2, 1), torch.full((2, 2), -0.1), torch.tensor([[-0.1, -1.0], [torch.nan, -9.0]])
+    )
+    for _ in range(2):
+        statistics.add(found, torch.ones(2, 2), mask)
+    assert statistics.pop() == {}
+    statistics.reduce(Two())
+    metrics = statistics.pop()
+    assert metrics["dppo/masked_fraction"] == metrics["dppo/masked_fraction/positive"] == pytest.approx(1 / 3)
+    assert metrics["dppo/missing_fraction"] == metrics["dppo/ratio/capped_fraction"] == pytest.approx(1 / 3)
+    assert metrics["dppo/divergence/max"] == pytest.approx(2 * (np.exp(-0.1) - np.exp(-1)))
+    assert metrics["dppo/divergence/mean"] == pytest.approx((np.exp(-0.1) - np.exp(-1)) / 2)
+    assert metrics["dppo/ratio/max"] == pytest.approx(2 * np.exp(0.9))
+    assert "dppo/masked_fraction/negative" not in metrics
 
 
 def test_signatures_of_both_trainers_agree():
