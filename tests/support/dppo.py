@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from support.harness import TOKENIZER, inputs_for
+
 
 def divergence(kind, mu, pi, top=()):
     """
@@ -79,3 +81,26 @@ def token_weights(args, model, inputs, temperature=1.0):
             mu, pi = inputs["sampling_per_token_logps"][i, t].item(), log_probs[t, completions[i, t]].item()
             weights[i, t] = token_weight(settings, inputs["advantages"][i].item(), mu, pi, top)
     return weights
+
+
+def stale_inputs(architecture, k, top_k, spread=1.0):
+    """
+    Microbatches that a policy has sampled whose log-probabilities differ from the trained one's, some of them missing,
+    and of whose most probable tokens some positions have fewer.
+    """
+    microbatches = inputs_for(architecture, k)
+    for seed, inputs in enumerate(microbatches):
+        generator = torch.Generator().manual_seed(100 + seed)
+        ids = inputs["completion_ids"]
+        logits = spread * torch.randn(*ids.shape, len(TOKENIZER), generator=generator)
+        log_probs = logits.log_softmax(-1)
+        inputs["sampling_per_token_logps"] = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        inputs["sampling_per_token_logps"][0, 1] = torch.nan
+        if top_k:
+            values, tokens = log_probs.topk(min(top_k, len(TOKENIZER)))
+            none = (tokens == ids.unsqueeze(-1)) | (torch.rand(tokens.shape, generator=generator) < 0.1)
+            missing = top_k - tokens.shape[-1]
+            pad = torch.nn.functional.pad
+            inputs["sampling_top_ids"] = pad(tokens.int().masked_fill(none, -1), (0, missing), value=-1)
+            inputs["sampling_top_logps"] = pad(values.masked_fill(none, -torch.inf), (0, missing), value=-torch.inf)
+    return microbatches

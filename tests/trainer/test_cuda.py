@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import intra, oracle
+from support import dppo, intra, oracle
 from support.harness import batch_objectives, definition, make_inputs, make_model, make_trainer, trainer_gradients
 
 pytestmark = [
@@ -70,6 +70,25 @@ def test_intra(budget, projection, tmp_path, monkeypatch):
     head, seed = "model.embed_tokens.weight", trainer.args.seed
     want = intra.accumulate(model, batches, dim=3, seed=seed, fused_head=head, method=projection)
     oracle.assert_close(found, want)
+
+
+@pytest.mark.parametrize("projection", ["none", "iterative"])
+@pytest.mark.parametrize("kind", ["binary_kl", "topk_tv"])
+def test_trust_region(kind, projection, tmp_path, monkeypatch):
+    """The most probable tokens stay on the CPU until they are needed."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    settings = {"divergence": kind, "divergence_threshold": 0.05, "projection": projection}
+    trainer = make_trainer(tmp_path, use_cpu=False, **settings)
+    microbatches = dppo.stale_inputs("qwen3-tied", 4, 20 if kind == "topk_tv" else 0)
+    on_cuda = [{name: x if "top" in name else x.cuda() for name, x in inputs.items()} for inputs in microbatches]
+    found, _ = trainer_gradients(trainer, on_cuda)
+    found = {name: grad.cpu() for name, grad in found.items()}
+    trainer.model.cpu()
+    model, _ = definition(trainer, microbatches)
+    for inputs in microbatches:
+        inputs["weights"] = dppo.token_weights(trainer.args, model.double(), inputs)
+    assert any((inputs["weights"] == 0).any() for inputs in microbatches)
+    oracle.assert_close(found, oracle.accumulate(*definition(trainer, microbatches), method=projection))
 
 
 @pytest.mark.parametrize("settings", [{}, {"intra_dim": 3}, {"intra_dim": 3, "projection": "none"}])

@@ -11,7 +11,6 @@ from support.harness import (
     batch_objectives,
     check,
     definition,
-    inputs_for,
     make_args,
     make_model,
     make_trainer,
@@ -28,29 +27,6 @@ from proma_trl.trust_region.trust_region import DIVERGENCES, MASKS
 
 # Thresholds at which some tokens of the microbatches below are masked, and some are not
 LOW = {"binary_tv": 0.01, "binary_kl": 0.02, "topk_tv": 0.3, "topk_kl": 0.3}
-
-
-def stale_inputs(architecture, k, top_k, spread=1.0):
-    """
-    Microbatches that a policy has sampled whose log-probabilities differ from the trained one's, some of them missing,
-    and of whose most probable tokens some positions have fewer.
-    """
-    microbatches = inputs_for(architecture, k)
-    for seed, inputs in enumerate(microbatches):
-        generator = torch.Generator().manual_seed(100 + seed)
-        ids = inputs["completion_ids"]
-        logits = spread * torch.randn(*ids.shape, len(TOKENIZER), generator=generator)
-        log_probs = logits.log_softmax(-1)
-        inputs["sampling_per_token_logps"] = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        inputs["sampling_per_token_logps"][0, 1] = torch.nan
-        if top_k:
-            values, tokens = log_probs.topk(min(top_k, len(TOKENIZER)))
-            none = (tokens == ids.unsqueeze(-1)) | (torch.rand(tokens.shape, generator=generator) < 0.1)
-            missing = top_k - tokens.shape[-1]
-            pad = torch.nn.functional.pad
-            inputs["sampling_top_ids"] = pad(tokens.int().masked_fill(none, -1), (0, missing), value=-1)
-            inputs["sampling_top_logps"] = pad(values.masked_fill(none, -torch.inf), (0, missing), value=-torch.inf)
-    return microbatches
 
 
 def weigh(trainer, microbatches):
@@ -73,7 +49,7 @@ def dppo_trainer(folder, architecture="qwen3-tied", k=4, **settings):
 
 def assert_the_definitions(trainer, architecture, k):
     top_k = trainer.trust_region.top_k
-    microbatches = stale_inputs(architecture, k, top_k)
+    microbatches = dppo.stale_inputs(architecture, k, top_k)
     weights = weigh(trainer, microbatches)
     assert (weights == 0).any() and (weights > 0).any()
     check(trainer, microbatches)
@@ -122,7 +98,7 @@ def test_more_tokens_than_the_vocabulary_has(tmp_path):
 @pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"isopo": "norm", "projection": "none"}])
 def test_with_other_settings(settings, tmp_path):
     trainer = dppo_trainer(tmp_path, divergence="topk_tv", **settings)
-    microbatches = stale_inputs("qwen3-tied", 4, 5)
+    microbatches = dppo.stale_inputs("qwen3-tied", 4, 5)
     weigh(trainer, microbatches)
     found, _ = trainer_gradients(trainer, microbatches)
     weigher = oracle.Isopo(settings["isopo"]) if "isopo" in settings else None
@@ -133,7 +109,7 @@ def test_with_other_settings(settings, tmp_path):
 @pytest.mark.parametrize("projection", ["none", "exact"])
 def test_with_intra_proma(projection, tmp_path):
     trainer = dppo_trainer(tmp_path, "llama-untied", divergence="topk_kl", intra_dim=3, projection=projection)
-    microbatches = stale_inputs("llama-untied", 4, 5)
+    microbatches = dppo.stale_inputs("llama-untied", 4, 5)
     weights = weigh(trainer, microbatches)
     assert (weights == 0).any()
     found, _ = trainer_gradients(trainer, microbatches)
@@ -146,7 +122,7 @@ def test_with_intra_proma(projection, tmp_path):
 def test_other_token_masks_count_once(tmp_path):
     """A tool's tokens are no part of the loss; TRL's mask of off-policy sequences multiplies the weights."""
     trainer = dppo_trainer(tmp_path, off_policy_mask_threshold=-1e9)
-    microbatches = stale_inputs("qwen3-tied", 4, 0)
+    microbatches = dppo.stale_inputs("qwen3-tied", 4, 0)
     weigh(trainer, microbatches)
     for inputs in microbatches:
         inputs["tool_mask"] = torch.ones_like(inputs["completion_mask"])
@@ -158,7 +134,7 @@ def test_other_token_masks_count_once(tmp_path):
 def test_advantages_of_tokens_without_a_projection(tmp_path):
     """As subclasses of TRL's trainer may give them."""
     trainer = dppo_trainer(tmp_path, projection="none")
-    (inputs, *_) = stale_inputs("qwen3-tied", 4, 0)
+    (inputs, *_) = dppo.stale_inputs("qwen3-tied", 4, 0)
     weigh(trainer, [inputs])
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
@@ -343,7 +319,7 @@ def test_evaluation_has_metrics_of_its_own(tmp_path):
 
 def test_metrics_are_over_all_tokens(tmp_path):
     trainer = dppo_trainer(tmp_path, ratio_cap=1.5)
-    microbatches = stale_inputs("qwen3-tied", 4, 0)
+    microbatches = dppo.stale_inputs("qwen3-tied", 4, 0)
     tokens = []
     model, _ = definition(trainer, microbatches)
     weigh(trainer, microbatches)
