@@ -210,6 +210,13 @@ class ProjectedAccumulation:
             return any(self._hooks.follows(weight) for weight in head_weights(self.model))
         return True
 
+    def rerun_names(self) -> list[str]:
+        """
+        Names of the modules that have no rule, and so run again in the backward pass for the sequence gradients of
+        their parameters.
+        """
+        return [] if self._hooks is None else self._hooks.rerun_names()
+
     def projected_names(self) -> list[str]:
         """Names of the parameters whose gradients Intra-PROMA projects."""
         if self.intra is None:

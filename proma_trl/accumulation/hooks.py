@@ -14,6 +14,7 @@ from torch import nn
 from ..backends import Backend
 from ..sequence_grads.layer import Layer
 from ..sequence_grads.probe import runs_as
+from ..sequence_grads.rerun import RerunLayer
 from ..torch_internals import are_innermost
 from .microbatch import Microbatch, Phase
 
@@ -73,6 +74,10 @@ class ModelHooks:
         """Whether a followed layer multiplies its input by `param`."""
         return any(matrix is param for layer in self._layers for matrix in layer.matrices)
 
+    def rerun_names(self) -> list[str]:
+        """Names of the modules that run again in the backward pass."""
+        return [layer.name for layer in self._layers if isinstance(layer, RerunLayer)]
+
     def hook_leaves(self, backend: Backend) -> None:
         """Hook onto what autograd will give the parameters."""
         for name, leaf in backend.leaves():
@@ -125,7 +130,7 @@ class ModelHooks:
 
     def _enter(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         microbatch = self._active(False)
-        if microbatch is None:
+        if microbatch is None or microbatch.is_suspended:
             return None
         if self._optional and not layer.tells_sequences(microbatch, args, kwargs):
             self._say_skipped(layer)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 import torch
@@ -64,6 +65,7 @@ class Microbatch:
         self.advantages: torch.Tensor | None = None
         self.weights: torch.Tensor | None = None
         self.backward_id = -1
+        self.is_suspended = False
         self._begin = begin
         self._end = end
         self._autocast: torch.dtype | None = engine.mixed_precision
@@ -131,6 +133,15 @@ class Microbatch:
     def precision(self, dtype: torch.dtype) -> torch.dtype:
         """Lowest precision of the products that the sequence gradients of a parameter of `dtype` come from."""
         return lowest_precision(dtype, self._autocast)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within the context, layers that run are not followed: a module runs again for its own parameters alone."""
+        self.is_suspended = True
+        try:
+            yield
+        finally:
+            self.is_suspended = False
 
     def end_recording(self) -> None:
         """The forward pass is over."""

@@ -1,6 +1,8 @@
 """Decides how each layer of a model is followed."""
 
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,7 +12,48 @@ from .embedding import EmbeddingLayer, embedding_refusal
 from .experts import ExpertsLayer, is_experts
 from .layer import ONE_SEQUENCE, Layer
 from .norm import BroadcastLayer, broadcasts_parameters
+from .probe import children_used_directly
 from .registry import RuleLayer, rule_for
+from .rerun import RerunLayer
+
+
+@dataclass(frozen=True)
+class Planned:
+    """
+    A module that holds trainable parameters, and how it is followed.
+
+    Attributes:
+        name (`str`): Its name in the model.
+        module (`nn.Module`): The module.
+        layer ([`Layer`] or `str`): How it is followed, or why it can't be.
+    """
+
+    name: str
+    module: nn.Module
+    layer: Layer | str
+
+
+def plan(model: nn.Module) -> list[Planned]:
+    """How each module that holds trainable parameters is followed, those included that can't be."""
+    planned: list[Planned] = []
+    foreign = _foreign_modules(model)
+    covered: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        names = _trainable(module)
+        if module in covered or not (names or _covered_children(module)):
+            continue
+        layer = foreign.get(module) or _layer_for(name, module, names)
+        if isinstance(layer, RerunLayer):
+            covered.update(child for _, child in _covered_children(module))
+            covered.update(inner for _, inner in _wrappers(module))
+        planned.append(Planned(name, module, layer))
+    followed = {param for entry in planned if isinstance(entry.layer, Layer) for param in entry.layer.params.values()}
+
+    def is_alias(module: nn.Module) -> bool:
+        """Whether another layer works with what a module holds."""
+        return followed.issuperset(param for param in module.parameters(recurse=False) if param.requires_grad)
+
+    return [entry for entry in planned if isinstance(entry.layer, Layer) or not is_alias(entry.module)]
 
 
 def plan_layers(model: nn.Module) -> list[Layer]:
@@ -20,23 +63,12 @@ def plan_layers(model: nn.Module) -> list[Layer]:
     Raises:
         ValueError: If some layers don't yield sequence gradients, with their names, reasons and ways out.
     """
-    layers: list[Layer] = []
-    followed: set[nn.Parameter] = set()
-    without_rule = []
-    foreign = _foreign_modules(model)
-    for name, module in model.named_modules():
-        params = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
-        if not params:
-            continue
-        layer = foreign.get(module) or _layer_for(name, module, tuple(params))
-        if isinstance(layer, str):
-            line = f"`{name or 'the model itself'}` ({type(module).__name__}): {layer}"
-            without_rule.append((params, line))
-        else:
-            followed.update(params.values())
-            layers.append(layer)
-    # A module may hold only an alias of a parameter that another layer works with
-    refused = [line for params, line in without_rule if not followed.issuperset(params.values())]
+    planned = plan(model)
+    refused = [
+        f"`{entry.name or 'the model itself'}` ({type(entry.module).__name__}): {entry.layer}"
+        for entry in planned
+        if isinstance(entry.layer, str)
+    ]
     if refused:
         shown = "\n".join(f"  - {line}" for line in refused[:8])
         more = f"\n  - and {len(refused) - 8} more" if len(refused) > 8 else ""
@@ -46,7 +78,7 @@ def plan_layers(model: nn.Module) -> list[Layer]:
             f"(`proma_trl.register_rule`, one small function), or train with {ONE_SEQUENCE}, or freeze those "
             "parameters."
         )
-    return layers
+    return [entry.layer for entry in planned]
 
 
 def plan_linear_layers(model: nn.Module, head: bool) -> list[Layer]:
@@ -122,9 +154,66 @@ def _layer_for(name: str, module: nn.Module, names: tuple[str, ...]) -> Layer | 
         if refusal is None and names != ("weight",):
             refusal = "it holds more than a weight"
         return refusal or EmbeddingLayer(name, module, names)
-    rule = rule_for(module)
-    if rule is not None:
-        return RuleLayer(name, module, names, rule)
-    if broadcasts_parameters(module):
-        return BroadcastLayer(name, module, names)
-    return f"holds {', '.join(f'`{n}`' for n in names)} and has no rule"
+    children = _covered_children(module)
+    if not children:
+        rule = rule_for(module)
+        if rule is not None:
+            return RuleLayer(name, module, names, rule)
+        if broadcasts_parameters(module):
+            return BroadcastLayer(name, module, names)
+    if _is_large(module):
+        return f"holds {', '.join(f'`{n}`' for n in names)} and has no rule"
+    theirs = (f"{child_name}.{own}" for child_name, child in children for own in _trainable(child))
+    return RerunLayer(name, module, (*names, *theirs))
+
+
+def _covered_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """
+    The children whose parameters get their gradients where the module runs again: those that it uses without running
+    them, and, where it must run again for parameters of its own, those that have neither a rule nor children.
+    """
+    if _is_large(module):
+        return []
+    if _is_param_wrapper(module):
+        # What one of them does to a parameter is undone where the next one inside runs by itself
+        return [
+            (f"{prefix}{name}.{path}", adapter)
+            for prefix, wrapper in _wrappers(module)
+            for name in wrapper.adapter_layer_names
+            for path, adapter in getattr(wrapper, name).named_modules()
+            if _trainable(adapter)
+        ]
+    direct = children_used_directly(module)
+    again = bool(direct) or (bool(_trainable(module)) and _has_no_rule(module))
+    return [
+        (name, child)
+        for name, child in module.named_children()
+        if _trainable(child) and (name in direct or (again and not any(child.children()) and _has_no_rule(child)))
+    ]
+
+
+def _is_param_wrapper(module: nn.Module) -> bool:
+    """Whether a module is PEFT's, around one whose parameters it changes by products of its adapters' weights."""
+    peft_layers = sys.modules.get("peft.tuners.lora.layer")
+    return peft_layers is not None and isinstance(module, peft_layers.ParamWrapper)
+
+
+def _wrappers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A wrapper and those directly inside, with what leads to them."""
+    prefix = ""
+    while _is_param_wrapper(module):
+        yield prefix, module
+        prefix, module = f"{prefix}base_layer.", module.base_layer
+
+
+def _is_large(module: nn.Module) -> bool:
+    """Whether a module is a model, or a good part of one, which would be too much to run again."""
+    return any(isinstance(part, (PreTrainedModel, nn.Embedding)) for part in module.modules())
+
+
+def _has_no_rule(module: nn.Module) -> bool:
+    return rule_for(module) is None and not broadcasts_parameters(module)
+
+
+def _trainable(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, param in module.named_parameters(recurse=False) if param.requires_grad)

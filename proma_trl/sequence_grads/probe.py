@@ -1,5 +1,10 @@
 """Copies of modules, to try out how they use their parameters even where these are sharded or not loaded yet."""
 
+import dis
+import inspect
+from collections.abc import Iterator
+from functools import cache
+
 import torch
 from torch import nn
 
@@ -11,6 +16,43 @@ def runs_as(module: nn.Module) -> object:
     """The function that runs as a module's `forward`: its class's, or one that was set on the module itself."""
     forward = module.__dict__.get("forward", type(module).forward)
     return getattr(forward, "__func__", forward)
+
+
+def children_used_directly(module: nn.Module) -> list[str]:
+    """
+    Names of the children whose parameters a module uses itself, without running them: its methods say
+    `self.conv.weight`, as mixers' do that hand a convolution's parameters to a kernel.
+    """
+    used = dict.fromkeys(
+        child
+        for child, attribute in _attributes_of_attributes(type(module))
+        if child in module._modules and attribute in getattr(module._modules[child], "_parameters", ())
+    )
+    return list(used)
+
+
+@cache
+def _attributes_of_attributes(kind: type[nn.Module]) -> list[tuple[str, str]]:
+    """Every `self.first.second` in the methods of a class, but for those of which only the dtype or shape is asked."""
+    functions = (
+        value
+        for base in kind.__mro__
+        if issubclass(base, nn.Module) and base is not nn.Module
+        for value in vars(base).values()
+    )
+    codes = (function.__code__ for function in map(_undecorated, functions) if hasattr(function, "__code__"))
+    return [pair for code in codes for pair in _pairs(list(dis.get_instructions(code)))]
+
+
+def _undecorated(value: object) -> object:
+    return inspect.unwrap(value) if callable(value) else value
+
+
+def _pairs(instructions: list[dis.Instruction]) -> Iterator[tuple[str, str]]:
+    loads = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in instructions]
+    for first, second, third in zip(loads, loads[1:], [*loads[2:], None], strict=False):
+        if first is not None and second is not None and third not in ("dtype", "device", "shape", "size", "is_meta"):
+            yield first, second
 
 
 def probe(module: nn.Module) -> nn.Module:

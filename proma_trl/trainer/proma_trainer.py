@@ -193,6 +193,8 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             )
             if intra.removes and self.accelerator.is_main_process:
                 self.add_callback(_LogAtStart(logging.INFO, [self._what_intra_projects()]))
+            if self.accumulation.rerun_names() and self.accelerator.is_main_process:
+                self.add_callback(_LogAtStart(logging.INFO, [self._what_runs_again()]))
 
     def _ask_sampler_for_log_probs(self) -> None:
         """The trust region is anchored on them; and TRL's mask of off-policy sequences takes its weights of tokens."""
@@ -264,6 +266,15 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
         with replaced(self, "get_off_policy_mask", weights):
             yield
+
+    def _what_runs_again(self) -> str:
+        names = self.accumulation.rerun_names()
+        kinds = dict.fromkeys(type(self.model.get_submodule(name)).__name__ for name in names)
+        return (
+            f"{len(names)} modules have no rule for the gradients of single sequences and run again in the backward "
+            f"pass, one sequence at a time: {', '.join(kinds)}. That costs one more forward pass of each, and memory "
+            "for one gradient of its parameters a sequence."
+        )
 
     def _what_intra_projects(self) -> str:
         trained = {name: whole_shape(p).numel() for name, p in self.model.named_parameters() if p.requires_grad}

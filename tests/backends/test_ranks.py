@@ -63,6 +63,7 @@ def test_deepspeeds_settings_change_nothing(zero, tmp_path):
     settings = {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
     config = deepspeed_file(tmp_path, DEEPSPEED_SETTINGS[zero], **settings)
     names = ["llama-untied-local", "qwen3-tied-global", "qwen3-tied-lora-local-checkpointing", "qwen3-tied-intra"]
+    names += ["qwen3-moe-rerun", "qwen3-moe-lora-rerun", "lfm2-rerun"]
     for name, folder in run_cases(tmp_path, config, {name: CASES[name] for name in names}).items():
         assert_the_definitions(CASES[name], folder)
 

@@ -18,6 +18,19 @@ from support.tiny import make_tokenizer
 TOKENIZER = make_tokenizer()
 # Adapters that are no zeros
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+# On one parameter of a mixture's experts: which of two adapters is around the other differs between processes
+LORA_ON_EXPERTS = LoraConfig(
+    r=4,
+    target_modules=["q_proj"],
+    target_parameters=["mlp.experts.gate_up_proj"],
+    init_lora_weights=False,
+    task_type="CAUSAL_LM",
+)
+
+
+def lora_config(architecture: str) -> LoraConfig:
+    """The adapters of a case on several ranks."""
+    return LORA_ON_EXPERTS if "moe" in architecture else LORA
 
 
 def vowel_reward(completions, **kwargs):

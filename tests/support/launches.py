@@ -13,9 +13,10 @@ import yaml
 from accelerate.utils import is_deepspeed_available
 from peft import get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from support import dppo, intra, oracle
-from support.harness import LORA, TOKENIZER, batch_objectives, make_args, make_model, sequence_objective
+from support.harness import TOKENIZER, batch_objectives, lora_config, make_args, make_model, sequence_objective
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "tests" / "support"
@@ -67,7 +68,7 @@ def run_cases(folder, config, cases):
 def initial_model(case, folder):
     model = make_model(case["model"])
     if case.get("lora"):
-        model = get_peft_model(model, LORA)
+        model = get_peft_model(model, lora_config(case["model"]))
         loaded = model.load_state_dict(torch.load(folder / "adapter.pt"), strict=False)
         assert not loaded.unexpected_keys
     return model
@@ -132,7 +133,8 @@ def change(case, folder, model):
         saved = load_file(folder / "trained" / "adapter_model.safetensors")
         after = {name: saved[name.replace(".default", "")] for name in before}
     else:
-        after = load_file(folder / "trained" / "model.safetensors")
+        # Loaded as users load it: a mixture's experts are one by one in the file
+        after = AutoModelForCausalLM.from_pretrained(folder / "trained", dtype="auto").state_dict()
     rate = case["args"]["learning_rate"]
     return {name: (value.double() - after[name].double()) / rate for name, value in before.items()}
 
@@ -252,6 +254,20 @@ CASES |= {
             {"projection": "none", "divergence_threshold": 0.08, "divergence_mask": "symmetric", "ratio_cap": 1.01},
         ),
         (False, "-intra", {"projection": "none", "intra_dim": 3}),
+    )
+}
+# Modules that run again in the backward pass
+CASES |= {
+    f"{model}{'-lora' if lora else ''}-rerun{suffix}": {
+        "model": model,
+        "lora": lora,
+        "args": {**STEP, "learning_rate": 10.0, **extra},
+    }
+    for model, lora, suffix, extra in (
+        ("qwen3-moe", False, "", {}),
+        ("qwen3-moe", False, "-global", {"projection_scope": "global", "gradient_checkpointing": True}),
+        ("qwen3-moe", True, "", {}),
+        ("lfm2", False, "", {"gradient_checkpointing": True}),
     )
 }
 BACKENDS = {

@@ -50,10 +50,17 @@ ARCHITECTURES = {
     "smollm3": {"model_type": "smollm3"},
 }
 
+# With modules that have no rule: experts and routers, a mixer that uses its convolution's parameters itself
+WITHOUT_RULES = {
+    "qwen3-moe": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | {"router_aux_loss_coef": 0.0},
+    "lfm2": {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+}
+
 
 def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, **kwargs) -> torch.nn.Module:
     """A tiny causal language model without dropout, with all parameters moved away from their symmetric values."""
-    settings = {**SIZES, **ARCHITECTURES[architecture], **kwargs}
+    settings = {**SIZES, **(ARCHITECTURES | WITHOUT_RULES)[architecture], **kwargs}
     model_type = settings.pop("model_type")
     if model_type == "falcon":
         del settings["head_dim"]
@@ -63,6 +70,8 @@ def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.floa
             setattr(config, name, 0.0)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if architecture == "qwen3-moe":
+        model.set_experts_implementation("eager")  # the grouped kernel has no float64
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.1 * torch.randn_like(param))

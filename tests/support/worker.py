@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from proma_trl import PROMATrainer
-from support.harness import LORA, make_args, make_trainer
+from support.harness import lora_config, make_args, make_trainer
 
 
 class RecordingTrainer(PROMATrainer):
@@ -70,7 +70,7 @@ def run(case: dict, output_dir: Path) -> None:
         model,
         RecordingTrainer,
         args=args,
-        peft_config=LORA if case.get("lora") else None,
+        peft_config=lora_config(Path(case["model"]).name) if case.get("lora") else None,
         callbacks=callbacks,
         prompts=case.get("prompts", 64),
     )

@@ -6,9 +6,11 @@ from types import MethodType
 
 import pytest
 import torch
+from support import oracle
 from support.harness import (
     TOKENIZER,
     check,
+    definition,
     inputs_for,
     make_args,
     make_inputs,
@@ -16,10 +18,17 @@ from support.harness import (
     make_trainer,
     trainer_gradients,
 )
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from proma_trl import PROMATrainer
+
+
+class Recorder(TrainerCallback):
+    """Keeps what the optimizer gets."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_trl_methods_keep_their_signatures():
@@ -99,10 +108,17 @@ def test_kernels_that_are_applied_when_training_begins_are_seen(tmp_path, monkey
                 module.forward = MethodType(forward, module)
 
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply_kernels)
-    trainer = make_trainer(tmp_path)
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, callbacks=[recorder], max_grad_norm=0.0)
     trainer.args.use_liger_kernel = True
-    with pytest.raises(ValueError, match=r"(?s)`model.layers.0.self_attn.q_norm` \(Qwen3RMSNorm\).*batch_size=1"):
-        trainer.train()
+    initial, microbatches = copy.deepcopy(trainer.model.state_dict()), []
+    original = trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: microbatches.append(dict(inputs)) or original(model, inputs)
+    assert not trainer.accumulation.rerun_names()
+    trainer.train()
+    assert "model.layers.0.self_attn.q_norm" in trainer.accumulation.rerun_names()
+    trainer.model.load_state_dict(initial)
+    oracle.assert_close(recorder.gradients, oracle.accumulate(*definition(trainer, microbatches)))
 
 
 def test_one_microbatch_a_step_is_said_to_be_reinforce(tmp_path, caplog):
@@ -162,13 +178,10 @@ def test_the_load_balancing_loss_of_experts_is_refused(tmp_path):
         make_trainer(tmp_path, tiny_moe())
 
 
-def test_experts_train_with_one_sequence_a_microbatch(tmp_path):
-    with pytest.raises(ValueError, match=r"(?s)`model.layers.0.mlp.experts` .*per_device_train_batch_size=1"):
-        make_trainer(tmp_path, tiny_moe(), router_aux_loss_coef=0.0)
-    trainer = make_trainer(
-        tmp_path, tiny_moe(), router_aux_loss_coef=0.0, per_device_train_batch_size=1, generation_batch_size=4
-    )
-    check(trainer, inputs_for("qwen3-moe", 1))
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_experts(k, tmp_path):
+    settings = {"router_aux_loss_coef": 0.0, "per_device_train_batch_size": k, "generation_batch_size": 8}
+    check(make_trainer(tmp_path, tiny_moe(), **settings), inputs_for("qwen3-moe", k))
 
 
 def test_compiled_models_are_refused(tmp_path, monkeypatch):

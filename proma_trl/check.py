@@ -1,0 +1,200 @@
+"""
+Says whether PROMA trains a model, and how each of its layers yields the gradients of single sequences.
+
+    python -m proma_trl.check Qwen/Qwen3-30B-A3B --microbatch_size 8
+    python -m proma_trl.check Qwen/Qwen3-30B-A3B --use_peft --lora_target_modules q_proj v_proj
+
+The model is made without weights from its configuration, on the Hugging Face Hub or in a local folder. The exit status
+is 0 if it trains, and 1 if not. With one sequence a microbatch, and with Intra-PROMA alone, every model does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedModel
+
+from .sequence_grads import Planned, plan, plan_linear_layers
+from .sequence_grads.embedding import EmbeddingLayer
+from .sequence_grads.norm import BroadcastLayer
+from .sequence_grads.registry import RuleLayer
+from .sequence_grads.rerun import RerunLayer
+
+RULE, RERUN, NONE = "by a rule of its own", "by running again", "not at all"
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Way:
+    """
+    The layers whose sequence gradients are found in one way.
+
+    Attributes:
+        how (`str`): `RULE`, `RERUN` or `NONE`.
+        kinds (`dict[str, int]`): Classes of modules, and how many there are of each.
+        parameters (`int`): Number of trained parameters.
+        reasons (`list[str]`): Why not, once for each class.
+    """
+
+    how: str
+    kinds: dict[str, int]
+    parameters: int
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """
+    What PROMA makes of a model.
+
+    Attributes:
+        ways (`list[Way]`): How sequence gradients are found.
+        microbatch_size (`int`): k.
+        trained (`int`): Number of trained parameters.
+        intra (`int`): Number of those that Intra-PROMA projects.
+        rerun_share (`float`): Part of the parameters that a token meets in modules that run again.
+        largest_rerun (`tuple[str, int]` or `None`): The largest tensor in them, and its number of elements.
+    """
+
+    ways: list[Way]
+    microbatch_size: int
+    trained: int
+    intra: int
+    rerun_share: float
+    largest_rerun: tuple[str, int] | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether accumulation-based PROMA trains the model at this microbatch size."""
+        return self.microbatch_size == 1 or all(way.how != NONE for way in self.ways)
+
+    def __str__(self) -> str:
+        lines = [f"{self.trained:,} parameters are trained. The gradients of single sequences are found"]
+        if self.microbatch_size == 1:
+            lines = [f"{self.trained:,} parameters are trained. With one sequence a microbatch, all of them train."]
+        for way in self.ways if self.microbatch_size > 1 else ():
+            kinds = ", ".join(f"{count} {kind}" for kind, count in way.kinds.items())
+            lines.append(f"  {way.how}, {way.parameters / max(1, self.trained):.1%} of these parameters: {kinds}")
+            lines += [f"    {reason}" for reason in way.reasons]
+        if self.largest_rerun is not None and self.microbatch_size > 1:
+            name, size = self.largest_rerun
+            lines.append(
+                "What runs again costs one more forward and backward pass of modules that hold "
+                f"{self.rerun_share:.0%} of the parameters that a token meets, and memory for {self.microbatch_size} "
+                f"gradients of one tensor at a time: {self.microbatch_size * size * 4 / _GIB:.2f} GiB in float32 for "
+                f"the largest, `{name}`."
+            )
+        lines.append(f"Intra-PROMA projects {self.intra / max(1, self.trained):.1%} of them, at any microbatch size.")
+        size = "one sequence" if self.microbatch_size == 1 else f"{self.microbatch_size} sequences"
+        if self.trains:
+            lines.append(f"It trains with {size} a microbatch.")
+        else:
+            lines.append(
+                f"It does not train with {size} a microbatch. Freeze what has no gradients "
+                "of single sequences, register a rule (`proma_trl.register_rule`), train with "
+                '`per_device_train_batch_size=1`, or with Intra-PROMA alone (`projection="none", intra_dim=10`).'
+            )
+        return "\n".join(lines)
+
+
+def check(model: nn.Module, microbatch_size: int = 8) -> Report:
+    """
+    Find out how the layers of a model yield the gradients of single sequences. Nothing is run but trials of single
+    layers on noise.
+
+    Args:
+        model (`nn.Module`): The model, with or without adapters, on any device, `"meta"` included.
+        microbatch_size (`int`, defaults to `8`): Sequences in a microbatch.
+    """
+    planned = plan(model)
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    matrices = {matrix for layer in plan_linear_layers(model, head=True) for matrix in layer.matrices}
+    again = [entry for entry in planned if isinstance(entry.layer, RerunLayer)]
+    sizes = {f"{entry.name}.{name}": param.numel() for entry in again for name, param in entry.layer.params.items()}
+    largest = max(sizes, key=sizes.get, default=None)
+    return Report(
+        ways=[way for how in (RULE, RERUN, NONE) if (way := _way(how, planned)) is not None],
+        microbatch_size=microbatch_size,
+        trained=trained,
+        intra=sum(matrix.numel() for matrix in matrices),
+        rerun_share=_active([entry.module for entry in again]) / max(1, _active([model])),
+        largest_rerun=None if largest is None else (largest, sizes[largest]),
+    )
+
+
+def make_model(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
+    """A model from its configuration, on the meta device, which holds no numbers."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    with torch.device("meta"):
+        if kind is not None:
+            return kind(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _how(entry: Planned) -> str:
+    if isinstance(entry.layer, (RuleLayer, BroadcastLayer, EmbeddingLayer)):
+        return RULE
+    return RERUN if isinstance(entry.layer, RerunLayer) else NONE
+
+
+def _way(how: str, planned: list[Planned]) -> Way | None:
+    entries = [entry for entry in planned if _how(entry) == how]
+    if not entries:
+        return None
+    params = set()
+    for entry in entries:
+        own = entry.module.parameters(recurse=False) if how == NONE else entry.layer.params.values()
+        params.update(param for param in own if param.requires_grad)
+    kinds = Counter(type(entry.module).__name__ for entry in entries)
+    reasons = {type(entry.module).__name__: f"{entry.name or 'the model itself'}: {entry.layer}" for entry in entries}
+    return Way(how, dict(kinds), sum(param.numel() for param in params), [*reasons.values()] if how == NONE else [])
+
+
+def _active(modules: list[nn.Module]) -> float:
+    """Number of parameters that one token meets: of a mixture's experts, the chosen ones."""
+    shares: dict[nn.Parameter, float] = {}
+    for module in modules:
+        for part in module.modules():
+            share = 1.0
+            if hasattr(part, "num_experts") and any(param.dim() == 3 for param in part.parameters(recurse=False)):
+                chosen = getattr(getattr(part, "config", None), "num_experts_per_tok", None)
+                share = (chosen or part.num_experts) / part.num_experts
+            shares.update((param, share) for param in part.parameters(recurse=False))
+    return sum(share * param.numel() for param, share in shares.items())
+
+
+def main(arguments: list[str]) -> int:
+    """Parses the options and prints the report. Returns the exit status."""
+    from trl import ModelConfig, get_peft_config
+
+    parser = HfArgumentParser(
+        [ModelConfig],
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="proma_trl.check",
+    )
+    parser.add_argument("model", help="a model on the Hugging Face Hub, or a local folder")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--microbatch_size", type=int, default=8, help="sequences in a microbatch (default: 8)")
+    peft_args, own = parser.parse_args_into_dataclasses(arguments)
+    model = make_model(own.model, own.trust_remote_code, peft_args.model_revision)
+    peft_config = get_peft_config(peft_args)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    report = check(model, own.microbatch_size)
+    print(f"{own.model} ({type(model).__name__})\n{report}")
+    return 0 if report.trains else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

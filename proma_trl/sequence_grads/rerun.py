@@ -1,0 +1,346 @@
+"""The general rule, for modules without one of their own: in the backward pass, the module runs again, one sequence at
+a time, and autograd computes the gradients of its parameters for each.
+
+It holds for every module that treats the sequences of a microbatch one by one. That is checked wherever its arguments
+are of a kind that has not been seen before. It costs one more forward pass of the module, and a backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers import Cache
+
+from ..torch_internals import backward_runs, own_parameters
+from .forms import Dense, SequenceGrads
+from .layer import ONE_SEQUENCE, Layer, Sink, alias
+
+# Where a tensor has the sequences: in its leading dimension, there together with the tokens, or nowhere
+_SPLIT, _FLAT, _WHOLE = "split", "flat", "whole"
+
+
+class RerunSink(Sink, Protocol):
+    """A [`Sink`] that can be deaf for a while."""
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """Within the context, layers that run are not followed."""
+
+
+@dataclass
+class _Call:
+    """
+    One run of a module: what it was given, with the places of tensors, and under which circumstances it ran.
+
+    Attributes:
+        leaves (`list`): Its arguments, flat; `None` in the places of tensors, which autograd keeps.
+        places (`list[int]`): The places of tensors.
+        structure: What makes arguments of the flat list again.
+        num_sequences (`int`), num_tokens (`int` or `None`): k and T.
+        autocast (`torch.dtype` or `None`): What autocast cast to.
+        random (`list` or `None`): The states of random number generators, if it drew from them.
+        expected (`list` or `None`): Its outputs, for a check.
+    """
+
+    leaves: list[Any]
+    places: list[int]
+    structure: Any
+    num_sequences: int
+    num_tokens: int | None
+    autocast: torch.dtype | None
+    random: list[torch.Tensor] | None
+    expected: list[torch.Tensor] | None = None
+
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple, dict]:
+        """Its arguments, with these tensors."""
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        return pytree.tree_unflatten(leaves, self.structure)
+
+    def layout(self, tensor: torch.Tensor) -> str:
+        """Where a tensor seems to have the sequences."""
+        k, length, rows = self.num_sequences, self.num_tokens, tensor.shape[0] if tensor.dim() else 0
+        if length is not None and rows == k * length and (k > 1 or tensor.dim() == 2):
+            return _FLAT
+        return _SPLIT if rows == k and (tensor.dim() > 1 or length != k) else _WHOLE
+
+    def part(self, tensor: torch.Tensor, layout: str, i: int) -> torch.Tensor:
+        """Sequence i of a tensor."""
+        if layout == _WHOLE:
+            return tensor
+        length = self.num_tokens if layout == _FLAT else 1
+        return tensor[i * length : (i + 1) * length]
+
+
+class RerunLayer(Layer):
+    """
+    A module without a rule, together with those of its children that have none either and no children of their own: a
+    module may use their parameters without running them, as mixers do with a convolution's.
+
+    Args:
+        name (`str`): The module's name in the model.
+        module (`nn.Module`): The module.
+        param_names (`tuple[str, ...]`): Trainable parameters, `"A_log"` or `"conv1d.weight"`.
+    """
+
+    def __init__(self, name: str, module: nn.Module, param_names: tuple[str, ...]):
+        super().__init__(name, module, param_names)
+        self._random: list[torch.Tensor] | None = None
+        # Kinds of arguments for which the sequences have been found to be where they seem to be
+        self._known: dict[tuple, list[str]] = {}
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        return {name: own_parameters(holder)[own] for name, holder, own in self._holders()}
+
+    def tells_sequences(self, sink: Sink, args: tuple, kwargs: dict) -> bool:
+        return True
+
+    def enter(self, sink: RerunSink, args: tuple, kwargs: dict) -> None:
+        self.entered = True
+        runs_again = backward_runs()
+        self._random = _random_states(self.params.values())
+        for _, holder, own in self._holders():
+            param = own_parameters(holder)[own]
+            # As in a layer with a rule
+            if runs_again:
+                holder.__dict__[own] = param.detach()
+            else:
+                param.requires_grad_(False)
+
+    def exit(self) -> None:
+        for _, holder, own in self._holders():
+            holder.__dict__.pop(own, None)
+            own_parameters(holder)[own].requires_grad_(True)
+        self.entered = False
+
+    def leave(self, sink: RerunSink, args: tuple, kwargs: dict, output: Any) -> Any:
+        leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Cache))
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaves[place].detach() for place in places]
+        # A cache would go on to grow. In training it begins empty, so that the module does without
+        leaves = [None if isinstance(leaf, (torch.Tensor, Cache)) else leaf for leaf in leaves]
+        params = self.params
+        device = next(iter(params.values())).device.type
+        before, self._random = self._random, None
+        drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(params.values()), strict=True))
+        call = _Call(
+            leaves,
+            places,
+            structure,
+            sink.num_sequences,
+            sink.num_tokens,
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            before if drew else None,
+        )
+        outputs, output_structure = pytree.tree_flatten(output)
+        found = [place for place, x in enumerate(outputs) if _takes_gradient(x)]
+        if call.random is None and self._kind(call, tensors) not in self._known:
+            call.expected = [outputs[place].detach() for place in found]
+        passed = _RerunOutput.apply(
+            self, sink, call, len(tensors), *tensors, *params.values(), *(outputs[place] for place in found)
+        )
+        for place, tensor in zip(found, passed, strict=True):
+            outputs[place] = tensor
+        return pytree.tree_unflatten(outputs, output_structure)
+
+    def grads(
+        self,
+        sink: RerunSink,
+        params: dict[str, nn.Parameter],
+        call: _Call,
+        tensors: Sequence[torch.Tensor],
+        grad_outputs: Sequence[torch.Tensor | None],
+    ) -> dict[str, SequenceGrads]:
+        """
+        Gradients of the module's parameters for each sequence.
+
+        Raises:
+            RuntimeError: If the module does not treat sequences one by one.
+        """
+        device = next(iter(params.values())).device.type
+        found = {name: [] for name in params}
+        with (
+            sink.suspended(),
+            torch.enable_grad(),
+            torch.autocast(device, dtype=call.autocast, enabled=call.autocast is not None),
+            self._copies(params) as copies,
+        ):
+            grads_of = self._replayed if call.random is not None else self._one_by_one
+            for grads in grads_of(call, tensors, grad_outputs, copies):
+                for (name, param), grad in zip(params.items(), grads, strict=True):
+                    found[name].append(torch.zeros_like(param) if grad is None else grad)
+        return {
+            name: Dense(torch.stack([g.view(g.shape or (1,)) for g in grads]), owned=True)
+            for name, grads in found.items()
+        }
+
+    def _one_by_one(
+        self,
+        call: _Call,
+        tensors: Sequence[torch.Tensor],
+        grad_outputs: Sequence[torch.Tensor | None],
+        copies: Sequence[torch.Tensor],
+    ) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        kind = self._kind(call, tensors)
+        layouts = self._known.get(kind) or [call.layout(x) for x in tensors]
+        outer = [None if grad is None else call.layout(grad) for grad in grad_outputs]
+        if _WHOLE in outer:
+            raise self._refusal("it has an output that is not one entry a sequence")
+        for i in range(call.num_sequences):
+            parts = [call.part(x, layout, i) for x, layout in zip(tensors, layouts, strict=True)]
+            outputs = self._run(call, parts)
+            if call.expected is not None:
+                self._check(call, outputs, i)
+            yield _vjp(
+                outputs,
+                [None if g is None else call.part(g, at, i) for g, at in zip(grad_outputs, outer, strict=True)],
+                copies,
+            )
+        # A dimension of T that equals k says nothing about other lengths
+        if call.expected is not None and call.num_tokens != call.num_sequences:
+            self._known[kind] = layouts
+
+    def _replayed(
+        self,
+        call: _Call,
+        tensors: Sequence[torch.Tensor],
+        grad_outputs: Sequence[torch.Tensor | None],
+        copies: Sequence[torch.Tensor],
+    ) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        """With the random numbers of the forward pass, which were drawn for all sequences together."""
+        outer = [None if grad is None else call.layout(grad) for grad in grad_outputs]
+        if _WHOLE in outer:
+            raise self._refusal("it has an output that is not one entry a sequence")
+        with _random_numbers_from(call.random, copies):
+            outputs = self._run(call, tensors)
+        for i in range(call.num_sequences):
+            masked = []
+            for grad, at in zip(grad_outputs, outer, strict=True):
+                masked.append(None if grad is None else torch.zeros_like(grad))
+                if grad is not None:
+                    call.part(masked[-1], at, i).copy_(call.part(grad, at, i))
+            yield _vjp(outputs, masked, copies, retain_graph=i + 1 < call.num_sequences)
+
+    def _run(self, call: _Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        args, kwargs = call.arguments(tensors)
+        # Not as a module, whose own hooks follow it
+        return [x for x in pytree.tree_leaves(self.module.forward(*args, **kwargs)) if _takes_gradient(x)]
+
+    def _check(self, call: _Call, outputs: Sequence[torch.Tensor], i: int) -> None:
+        """Check that a sequence's outputs are those that it had among the others."""
+        for together, alone in zip(call.expected, outputs, strict=True):
+            layout = call.layout(together)
+            if layout == _WHOLE:
+                continue
+            want, got = call.part(together, layout, i), alone.detach()
+            eps = max(torch.finfo(x).eps for x in (want.dtype, call.autocast or want.dtype))
+            tolerance = 1e-3 if eps < 1e-6 else 0.1
+            if want.shape != got.shape or not (got - want).norm() <= tolerance * want.norm():
+                raise self._refusal("on one of them alone, it has another output than on all of them")
+
+    def _refusal(self, why: str) -> RuntimeError:
+        return RuntimeError(
+            f"`{self.name}` ({type(self.module).__name__}) does not treat the sequences of a microbatch one by one: "
+            f"{why}. Train with {ONE_SEQUENCE}, freeze its parameters, or register a rule for its class "
+            "(`proma_trl.register_rule`)."
+        )
+
+    @staticmethod
+    def _kind(call: _Call, tensors: Sequence[torch.Tensor]) -> tuple:
+        """What arguments have in common whose sequences are in the same places."""
+        return (*call.places, *(x.dim() for x in tensors))
+
+    def _holders(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Each parameter with the module that holds it, and its name there."""
+        for name in self.param_names:
+            path, _, own = name.rpartition(".")
+            yield name, self.module.get_submodule(path), own
+
+    @contextmanager
+    def _copies(self, params: dict[str, nn.Parameter]) -> Iterator[list[torch.Tensor]]:
+        """Within the context, the module computes with copies of its parameters. Yields them."""
+        copies = [param.detach().requires_grad_() for param in params.values()]
+        hidden = [(holder, own, holder.__dict__.get(own)) for _, holder, own in self._holders()]
+        try:
+            for (holder, own, _), copy in zip(hidden, copies, strict=True):
+                holder.__dict__[own] = copy
+            yield copies
+        finally:
+            for holder, own, before in hidden:
+                holder.__dict__.pop(own, None)
+                if before is not None:
+                    holder.__dict__[own] = before
+
+
+class _RerunOutput(torch.autograd.Function):
+    """Passes a module's outputs on; backward, hands its parameters' sequence gradients over."""
+
+    @staticmethod
+    def forward(ctx, layer, sink, call, num_tensors, *values):
+        ctx.layer, ctx.sink, ctx.call, ctx.num_tensors = layer, sink, call, num_tensors
+        ctx.set_materialize_grads(False)
+        count = num_tensors + len(layer.param_names)
+        ctx.params = dict(zip(layer.param_names, values[num_tensors:count], strict=True))
+        ctx.save_for_backward(*values[:num_tensors])
+        return tuple(alias(output) for output in values[count:])
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        layer, sink = ctx.layer, ctx.sink
+        grads = layer.grads(sink, ctx.params, ctx.call, ctx.saved_tensors, grad_outputs)
+        ctx.call = None
+        emissions = [sink.receive(param, grads[name]) for name, param in ctx.params.items()]
+        return None, None, None, None, *([None] * ctx.num_tensors), *emissions, *grad_outputs
+
+
+def _takes_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _vjp(
+    outputs: Sequence[torch.Tensor],
+    grad_outputs: Sequence[torch.Tensor | None],
+    copies: Sequence[torch.Tensor],
+    retain_graph: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    pairs = [
+        (x, g.to(x.dtype)) for x, g in zip(outputs, grad_outputs, strict=True) if g is not None and x.requires_grad
+    ]
+    if not pairs:
+        return (None,) * len(copies)
+    values, grads = zip(*pairs, strict=True)
+    return torch.autograd.grad(values, copies, grads, retain_graph=retain_graph, allow_unused=True)
+
+
+def _random_states(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The states of the generators that a module with these parameters draws from."""
+    device = next(iter(params)).device
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+@contextmanager
+def _random_numbers_from(states: Sequence[torch.Tensor], params: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Within the context, random numbers are drawn from these states; then from where they were before."""
+    device = next(iter(params)).device
+    held = _random_states(params)
+
+    def restore(states: Sequence[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], device)
+
+    restore(states)
+    try:
+        yield
+    finally:
+        restore(held)

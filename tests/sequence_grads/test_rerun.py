@@ -1,0 +1,236 @@
+"""The general rule: modules without one of their own run again in the backward pass, one sequence at a time."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from support import oracle
+from support.architectures import tiny_causal_lm
+from support.models import tiny_mixture, tiny_model
+from support.sequences import accumulate, expected, make_batch, make_batches, objectives, run
+from torch import nn
+
+from proma_trl import REINFORCE, ProjectedAccumulation, ProjectionSettings
+
+FAMILIES = [
+    "Qwen3MoeForCausalLM",
+    "GptOssForCausalLM",
+    "MixtralForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "MambaForCausalLM",
+    "Mamba2ForCausalLM",
+    "FalconH1ForCausalLM",
+    "Lfm2ForCausalLM",
+    "Qwen3NextForCausalLM",
+    "JambaForCausalLM",
+]
+
+
+def tiny(name):
+    return tiny_causal_lm(name, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("method", ["iterative", "exact"])
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name, k, method):
+    """In double precision, as recurrences lose digits in single."""
+    if (k, method) == (8, "exact") and name in ("Mamba2ForCausalLM", "Qwen3NextForCausalLM"):
+        pytest.skip("its recurrence is in float32: the rank of eight gradients of four numbers is one of rounding")
+    model, batches = tiny_causal_lm(name, dtype=torch.float64), make_batches("gemma2-softcap", k, count=2)
+    found, _ = accumulate(model, batches, ProjectionSettings(method=method))
+    oracle.assert_close(found, expected(model, batches, method=method), 1e-9)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "GptOssForCausalLM", "FalconH1ForCausalLM"])
+def test_checkpointing_changes_nothing(name, use_reentrant):
+    model, batches = tiny(name), make_batches("gemma2-softcap", 3, count=2)
+    plain, _ = accumulate(model, batches)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    found, _ = accumulate(model, batches)
+    oracle.assert_close(found, {name: grad.double() for name, grad in plain.items()}, 1e-6)
+
+
+@pytest.mark.parametrize("targets", [None, ["mlp.experts.gate_up_proj"], ["gate_up_proj", "down_proj"]])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_adapters_on_experts(family, targets):
+    """PEFT's `ParamWrapper`, also one around another: what the outer one changes is there when the inner one runs."""
+    base = tiny_mixture(family)
+    base.set_experts_implementation("eager")  # the grouped kernel has no float64
+    names = None if targets is None else [f"mlp.experts.{name.split('.')[-1]}" for name in targets]
+    config = LoraConfig(r=4, target_modules="all-linear", target_parameters=names, task_type="CAUSAL_LM")
+    config.init_lora_weights = False
+    model, batches = get_peft_model(base, config), make_batches("gemma2-softcap", 3, count=2)
+    found, _ = accumulate(model, batches)
+    assert any("experts" in name for name in found) or (family == "gpt_oss" and targets is None)
+    oracle.assert_close(found, expected(model, batches))
+
+
+def with_module(module):
+    """A model that runs a module behind its second layer's MLP."""
+    model = tiny_model("llama-untied")
+    model.model.layers[1].mlp.down_proj = nn.Sequential(model.model.layers[1].mlp.down_proj, module)
+    return model
+
+
+class Gain(nn.Module):
+    """Multiplies by a parameter, in whatever way a test has."""
+
+    def __init__(self, shape=(32,)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gain = nn.Parameter(torch.rand(shape) + 0.5)
+
+    def forward(self, values):
+        return values * self.gain
+
+
+class Noisy(Gain):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, values):
+        return self.dropout(values * self.gain)
+
+
+def test_random_numbers_are_those_of_the_forward_pass():
+    model, (batch, *_) = with_module(Noisy()).train(), make_batches("llama-untied", 4)
+    ids, mask, weights, _ = batch
+    accumulation = ProjectedAccumulation(model, OneHot(), microbatch_size=4)
+    for i in range(4):
+        model.zero_grad()
+        torch.manual_seed(7)
+        objectives(model, ids, mask, weights)[i].backward()
+        want = {name: p.grad.double() for name, p in model.named_parameters()}
+        torch.manual_seed(7)
+        run(accumulation, [(ids, mask, weights, torch.eye(4)[i])])
+        after = torch.rand(())
+        oracle.assert_close({name: p.grad for name, p in model.named_parameters()}, want)
+    torch.manual_seed(7)
+    objectives(model, ids, mask, weights)
+    assert torch.rand(()) == after  # as many as without the general rule
+
+
+class OneHot(REINFORCE):
+    """REINFORCE by coefficients, so that a microbatch with one advantage emits that sequence's gradient."""
+
+    is_plain = False
+
+
+class Mixing(Gain):
+    def forward(self, values):
+        return values * self.gain - values.mean(0, keepdim=True)
+
+
+class Reordering(Gain):
+    def forward(self, values):
+        return (values * self.gain).flip(0)
+
+
+class Flattening(Gain):
+    """Its output has no dimension of sequences."""
+
+    def forward(self, values):
+        return (values * self.gain).flatten()[: values[0].numel()].view(1, *values.shape[1:])
+
+
+@pytest.mark.parametrize("kind", [Mixing, Reordering, Flattening])
+def test_modules_that_do_not_treat_sequences_one_by_one_are_refused_by_name(kind):
+    model, batches = with_module(kind()), make_batches("llama-untied", 4)
+    with pytest.raises(RuntimeError, match=rf"`model.layers.1.mlp.down_proj.1` \({kind.__name__}\) does not treat"):
+        accumulate(model, batches)
+
+
+class Placed(nn.Module):
+    """Is given a table of positions `(T, d)`, the same for all sequences, beside `(k * T, d)` rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = TwoArguments()
+
+    def forward(self, values):
+        k, length, size = values.shape
+        table = torch.linspace(0.5, 2, length * size).view(length, size)
+        output, rest = self.inner(values.flatten(0, 1), table=table, sequences=k, extras=(values[:, :1], None))
+        return output.view_as(values) + rest["shift"]
+
+
+class TwoArguments(Gain):
+    def forward(self, rows, table, sequences, extras):
+        table = table.repeat(len(rows) // len(table), 1)
+        return rows * self.gain * table, {"shift": extras[0] * self.gain.flip(0), "count": sequences}
+
+
+@pytest.mark.parametrize("lengths", [(9, 4), (4, 9), (4, 4)])
+def test_a_table_of_positions_is_no_sequence(lengths):
+    """Also where there are as many positions as sequences, in the first microbatch or in a later one."""
+    model, batches = with_module(Placed()), []
+    for seed, length in enumerate(lengths):
+        ids, _, weights, advantages = make_batch(4, seed)
+        weights = weights[:, -(length - 1) :] + 0.1
+        batches.append((ids[:, -length:].clamp(min=3), torch.ones(4, length, dtype=torch.long), weights, advantages))
+    if lengths[0] == 4:
+        with pytest.raises(RuntimeError, match=r"`model.layers.1.mlp.down_proj.1.inner` .*does not treat"):
+            accumulate(model, batches)
+        return
+    found, _ = accumulate(model, batches)
+    oracle.assert_close(found, expected(model, batches))
+
+
+def test_a_kernel_that_takes_a_childs_parameters():
+    class Mixer(nn.Module):
+        """Never runs its convolution."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv1d(32, 32, 3, groups=32)
+            self.out = nn.Linear(32, 32)
+
+        def forward(self, values):
+            padded = nn.functional.pad(values.mT, (2, 0))
+            return self.out(nn.functional.conv1d(padded, self.conv.weight, self.conv.bias, groups=32).mT)
+
+    model, batches = with_module(Mixer()), make_batches("llama-untied", 4)
+    accumulation = ProjectedAccumulation(model, microbatch_size=4)
+    assert accumulation.rerun_names() == ["model.layers.1.mlp.down_proj.1"]
+    found, _ = accumulate(model, batches)
+    oracle.assert_close(found, expected(model, batches))
+
+
+def test_a_module_that_runs_twice_and_one_that_never_does():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.unused = Gain(), Gain()
+
+        def forward(self, values):
+            return self.gain(torch.tanh(self.gain(values)))
+
+    model, batches = with_module(Twice()), make_batches("llama-untied", 3)
+    found, _ = accumulate(model, batches)
+    unused = "model.layers.1.mlp.down_proj.1.unused.gain"
+    assert found.pop(unused) is None
+    want = expected(model, batches)
+    oracle.assert_close(found, {name: grad for name, grad in want.items() if name != unused})
+
+
+def test_bfloat16_autocast_is_that_of_the_forward_pass():
+    """Within bfloat16's rounding, and far from an ordinary gradient."""
+    model, batches = tiny("Qwen3MoeForCausalLM"), make_batches("gemma2-softcap", 4, count=2)
+    found, _ = accumulate(model, batches, autocast=True)
+    want, plain = expected(model, batches), expected(model, batches, method="none")
+    error, distance = (
+        sum((x[n].double() - y[n]).square().sum() for n in want) for x, y in ((found, want), (want, plain))
+    )
+    assert error < 0.1 * distance
+
+
+def test_a_layer_with_a_rule_does_not_run_again():
+    model = tiny_model("qwen3-tied")
+    assert ProjectedAccumulation(model, microbatch_size=4).rerun_names() == []
+    assert ProjectedAccumulation(tiny_mixture("gpt_oss"), microbatch_size=1).rerun_names() == []

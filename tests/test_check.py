@@ -1,0 +1,72 @@
+"""`python -m proma_trl.check`: says beforehand what the accumulation then does."""
+
+import subprocess
+import sys
+
+import pytest
+from support.models import tiny_llava, tiny_mixture, tiny_model
+
+from proma_trl import ProjectedAccumulation
+from proma_trl.check import NONE, RERUN, RULE, check, main, make_model
+
+
+def ways(report):
+    return {way.how: way.kinds for way in report.ways}
+
+
+def test_a_model_whose_layers_all_have_rules():
+    report = check(tiny_model("qwen3-tied"))
+    assert ways(report) == {RULE: {"Embedding": 1, "Qwen3RMSNorm": 9, "Linear": 15}}
+    assert report.trains and report.largest_rerun is None and report.rerun_share == 0
+    assert report.trained == sum(p.numel() for p in tiny_model("qwen3-tied").parameters())
+
+
+def test_a_mixture():
+    model = tiny_mixture("qwen3_moe")
+    report = check(model)
+    assert ways(report)[RERUN] == {"Qwen3MoeExperts": 1, "Qwen3MoeTopKRouter": 1} and report.trains
+    accumulation = ProjectedAccumulation(model, microbatch_size=8)
+    assert sum(ways(report)[RERUN].values()) == len(accumulation.rerun_names())
+    # Of four experts, a token meets two
+    up, down = 4 * 32 * 32, 4 * 32 * 16
+    assert report.largest_rerun == ("model.layers.0.mlp.experts.gate_up_proj", up)
+    router, total = 4 * 32, sum(p.numel() for p in model.parameters())
+    assert report.rerun_share == pytest.approx(((up + down) / 2 + router) / (total - (up + down) / 2))
+    assert f"memory for 8 gradients of one tensor at a time: {8 * up * 4 / 2**30:.2f} GiB" in str(report)
+
+
+def test_a_model_that_does_not_train():
+    report = check(tiny_llava(), microbatch_size=2)
+    assert not report.trains and "Conv2d" in ways(report)[NONE]
+    assert "outside the text decoder" in str(report) and "It does not train with 2 sequences" in str(report)
+    with pytest.raises(ValueError, match="PROMA needs the gradient of each sequence"):
+        ProjectedAccumulation(tiny_llava(), microbatch_size=2)
+    alone = check(tiny_llava(), microbatch_size=1)
+    assert alone.trains and "It trains with one sequence a microbatch" in str(alone)
+
+
+def test_parts_add_up():
+    for model in (tiny_model("gpt2"), tiny_mixture("gpt_oss"), tiny_llava()):
+        report = check(model)
+        assert sum(way.parameters for way in report.ways) == report.trained
+        assert 0 < report.intra <= report.trained
+
+
+def test_the_command(tmp_path):
+    tiny_mixture("gpt_oss").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # weights are not read
+    command = [sys.executable, "-m", "proma_trl.check", str(tmp_path), "--microbatch_size", "4"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "(GptOssForCausalLM)" in run.stdout and "1 GptOssExperts" in run.stdout
+    assert "It trains with 4 sequences a microbatch." in run.stdout
+
+
+def test_exit_status_and_adapters(tmp_path, capsys):
+    tiny_llava().save_pretrained(tmp_path)
+    assert make_model(str(tmp_path)).device.type == "meta"
+    assert main([str(tmp_path)]) == 1
+    targets = r".*language_model.*\.(q_proj|v_proj)"
+    adapters = ["--use_peft", "--lora_target_modules", targets, "--lora_task_type", "CAUSAL_LM"]
+    assert main([str(tmp_path), *adapters]) == 0
+    assert "8 Linear" in capsys.readouterr().out
