@@ -24,6 +24,7 @@ from ..intra import IntraPROMA
 from ..rules import PROMA, REINFORCE, UpdateRule
 from ..sequence_grads import head_weights, plan_layers, plan_linear_layers
 from ..sequence_grads.layer import Layer
+from ..sequence_grads.rerun import RerunRefused
 from ..sequence_grads.tensor import Scratch
 from ..torch_internals import backward_id, backward_runs
 from ..validation import check_choice, check_real, check_whole
@@ -31,7 +32,7 @@ from .accumulators import SCOPES, Accumulator, accumulator_for
 from .emission import Engine, needs_sequences
 from .hooks import ModelHooks
 from .microbatch import NOT_CAPTURED, Microbatch, Phase, StartBackward
-from .sequence_check import check_sequences
+from .sequence_check import WrongSequences, check_sequences
 
 _RULE, _STEP = "rule", "step"
 
@@ -141,6 +142,8 @@ class ProjectedAccumulation:
         self._step_began = False
         # The microbatch's place in the run, of which Intra-PROMA's random numbers are a function
         self._step = self._index = 0
+        # Modules whose parents run again in their place
+        self._with_parents: set[nn.Module] = set()
         self._hooks: ModelHooks | None = self._new_hooks()
 
     @contextmanager
@@ -235,6 +238,9 @@ class ProjectedAccumulation:
         are not needed, or where DeepSpeed or FSDP reduce gradients within the backward pass. Call it before the first
         microbatch of an optimizer step.
 
+        Where a module without a rule is not given its sequences one by one, as experts are not whose parent has sorted
+        their tokens, the check finds out, and the parent runs again in its place from then on.
+
         Args:
             objective (`Callable`): Runs the forward pass; `objective(weights, microbatch)` returns
                 `sum_i weights_i objective_i` for weights of shape `(k,)`. `microbatch` is `None` in an ordinary pass.
@@ -259,7 +265,15 @@ class ProjectedAccumulation:
             self.loss(total, weights, value=total.detach()).backward()
             return microbatch.precision(next(self._trainable())[1].dtype)
 
-        check_sequences(self.model, ordinary, captured, num_sequences)
+        while True:
+            try:
+                return check_sequences(self.model, ordinary, captured, num_sequences)
+            except RerunRefused as refused:
+                if not self._run_parents_again([refused.module]):
+                    raise
+            except WrongSequences as error:
+                if not self._run_parents_again(self._hooks.rerun_modules(error.names)):
+                    raise
 
     def end_step(self) -> None:
         """
@@ -315,10 +329,16 @@ class ProjectedAccumulation:
         finally:
             microbatch.end_recording()
 
+    def _run_parents_again(self, modules: list[nn.Module]) -> bool:
+        """Let the parents of modules run again in their places. Returns whether there are any that can."""
+        self._with_parents.update(modules)
+        self._hooks = self._new_hooks()
+        return bool(modules) and not any(self._hooks.follows_module(module) for module in modules)
+
     def _new_hooks(self) -> ModelHooks:
         all_sequences = needs_sequences(self.rule, self.intra)
         if all_sequences and self.microbatch_size > 1:
-            plan = plan_layers
+            plan = partial(plan_layers, with_parents=self._with_parents)
         elif self.intra is not None:
             plan = partial(plan_linear_layers, head=self.intra.head)
         else:

@@ -11,6 +11,20 @@ from ..sequence_grads.layer import ONE_SEQUENCE
 Backward = Callable[[torch.Tensor], torch.dtype]
 
 
+class WrongSequences(RuntimeError):
+    """
+    Some sequence gradients are wrong.
+
+    Args:
+        message (`str`): What to tell the user.
+        names (`list[str]`): The parameters' names.
+    """
+
+    def __init__(self, message: str, names: list[str]):
+        super().__init__(message)
+        self.names = names
+
+
 def check_sequences(model: nn.Module, ordinary: Backward, captured: Backward, num_sequences: int) -> None:
     """
     Compare the gradients of two losses that should be the same, for random weights of the sequences. A plain sum would
@@ -24,7 +38,7 @@ def check_sequences(model: nn.Module, ordinary: Backward, captured: Backward, nu
         num_sequences (`int`): k.
 
     Raises:
-        RuntimeError: If gradients differ by more than rounding, with the parameters' names.
+        WrongSequences: If gradients differ by more than rounding, with the parameters' names.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(params.values())).device
@@ -49,10 +63,11 @@ def check_sequences(model: nn.Module, ordinary: Backward, captured: Backward, nu
     wrong = _differing(got, want, precision)
     if wrong:
         shown = ", ".join(f"`{name}`" for name in wrong[:8]) + (f" and {len(wrong) - 8} more" if wrong[8:] else "")
-        raise RuntimeError(
+        raise WrongSequences(
             f"The gradients of single sequences are wrong for {shown}: weighted and summed, they are not the gradient "
             "of the weighted sum. A layer mixes the sequences of a microbatch, or orders them in another way, or a "
-            f"registered rule is wrong. Train with {ONE_SEQUENCE}, or freeze these parameters."
+            f"registered rule is wrong. Train with {ONE_SEQUENCE}, or freeze these parameters.",
+            wrong,
         )
 
 

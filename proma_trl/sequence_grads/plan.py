@@ -1,7 +1,7 @@
 """Decides how each layer of a model is followed."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -33,19 +33,27 @@ class Planned:
     layer: Layer | str
 
 
-def plan(model: nn.Module) -> list[Planned]:
-    """How each module that holds trainable parameters is followed, those included that can't be."""
+def plan(model: nn.Module, with_parents: Collection[nn.Module] = ()) -> list[Planned]:
+    """
+    How each module that holds trainable parameters is followed, those included that can't be.
+
+    Args:
+        model (`nn.Module`): The model.
+        with_parents (`Collection[nn.Module]`): Modules whose parents run again in their place.
+    """
     planned: list[Planned] = []
     foreign = _foreign_modules(model)
     covered: set[nn.Module] = set()
     for name, module in model.named_modules():
         names = _trainable(module)
-        if module in covered or not (names or _covered_children(module)):
+        children = _covered_children(module, with_parents)
+        if module in covered or not (names or children):
             continue
-        layer = foreign.get(module) or _layer_for(name, module, names)
+        layer = foreign.get(module) or _layer_for(name, module, names, children)
         if isinstance(layer, RerunLayer):
-            covered.update(child for _, child in _covered_children(module))
+            covered.update(child for _, child in children)
             covered.update(inner for _, inner in _wrappers(module))
+            covered.update(child for child in module.children() if child in with_parents)
         planned.append(Planned(name, module, layer))
     followed = {param for entry in planned if isinstance(entry.layer, Layer) for param in entry.layer.params.values()}
 
@@ -56,14 +64,14 @@ def plan(model: nn.Module) -> list[Planned]:
     return [entry for entry in planned if isinstance(entry.layer, Layer) or not is_alias(entry.module)]
 
 
-def plan_layers(model: nn.Module) -> list[Layer]:
+def plan_layers(model: nn.Module, with_parents: Collection[nn.Module] = ()) -> list[Layer]:
     """
-    How each layer that holds trainable parameters is followed.
+    How each layer that holds trainable parameters is followed. Arguments as for [`plan`].
 
     Raises:
         ValueError: If some layers don't yield sequence gradients, with their names, reasons and ways out.
     """
-    planned = plan(model)
+    planned = plan(model, with_parents)
     refused = [
         f"`{entry.name or 'the model itself'}` ({type(entry.module).__name__}): {entry.layer}"
         for entry in planned
@@ -147,14 +155,18 @@ def _foreign_modules(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
-def _layer_for(name: str, module: nn.Module, names: tuple[str, ...]) -> Layer | str:
-    """How a module with the trainable parameters `names` is followed, or why it can't be."""
+def _layer_for(
+    name: str, module: nn.Module, names: tuple[str, ...], children: list[tuple[str, nn.Module]]
+) -> Layer | str:
+    """
+    How a module with the trainable parameters `names` is followed, together with some of its children, or why it can't
+    be.
+    """
     if isinstance(module, nn.Embedding):
         refusal = embedding_refusal(module)
         if refusal is None and names != ("weight",):
             refusal = "it holds more than a weight"
         return refusal or EmbeddingLayer(name, module, names)
-    children = _covered_children(module)
     if not children:
         rule = rule_for(module)
         if rule is not None:
@@ -167,12 +179,13 @@ def _layer_for(name: str, module: nn.Module, names: tuple[str, ...]) -> Layer | 
     return RerunLayer(name, module, (*names, *theirs))
 
 
-def _covered_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+def _covered_children(module: nn.Module, with_parents: Collection[nn.Module]) -> list[tuple[str, nn.Module]]:
     """
     The children whose parameters get their gradients where the module runs again: those that it uses without running
-    them, and, where it must run again for parameters of its own, those that have neither a rule nor children.
+    them, or must run again for (`with_parents`), and, where it must run again for parameters of its own, those that
+    have neither a rule nor children.
     """
-    if _is_large(module):
+    if _is_large(module) or isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # the latter never run
         return []
     if _is_param_wrapper(module):
         # What one of them does to a parameter is undone where the next one inside runs by itself
@@ -183,13 +196,17 @@ def _covered_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
             for path, adapter in getattr(wrapper, name).named_modules()
             if _trainable(adapter)
         ]
-    direct = children_used_directly(module)
+    given_up = [name for name, child in module.named_children() if child in with_parents]
+    direct = list(dict.fromkeys([*children_used_directly(module), *given_up]))
     again = bool(direct) or (bool(_trainable(module)) and _has_no_rule(module))
-    return [
+    found = [
         (name, child)
         for name, child in module.named_children()
         if _trainable(child) and (name in direct or (again and not any(child.children()) and _has_no_rule(child)))
     ]
+    # What such a child runs has been given what it made of the module's arguments
+    inner = ((f"{name}.{path}", part) for name in direct for path, part in _descendants(module.get_submodule(name)))
+    return [*found, *((path, part) for path, part in inner if _trainable(part) and _has_no_rule(part))]
 
 
 def _is_param_wrapper(module: nn.Module) -> bool:
@@ -204,6 +221,10 @@ def _wrappers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     while _is_param_wrapper(module):
         yield prefix, module
         prefix, module = f"{prefix}base_layer.", module.base_layer
+
+
+def _descendants(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [*module.named_modules()][1:]
 
 
 def _is_large(module: nn.Module) -> bool:

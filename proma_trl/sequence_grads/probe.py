@@ -21,14 +21,25 @@ def runs_as(module: nn.Module) -> object:
 def children_used_directly(module: nn.Module) -> list[str]:
     """
     Names of the children whose parameters a module uses itself, without running them: its methods say
-    `self.conv.weight`, as mixers' do that hand a convolution's parameters to a kernel.
+    `self.conv.weight`, as mixers' do that hand a convolution's parameters to a kernel, or `self.experts.map(...)`,
+    with a method of the child's. A list of parameters is used by its parent.
     """
-    used = dict.fromkeys(
-        child
-        for child, attribute in _attributes_of_attributes(type(module))
-        if child in module._modules and attribute in getattr(module._modules[child], "_parameters", ())
+    used = [name for name, child in module.named_children() if isinstance(child, (nn.ParameterList, nn.ParameterDict))]
+    for name, attribute in _attributes_of_attributes(type(module)):
+        child = module._modules.get(name)
+        if child is not None and (attribute in own_parameters(child) or _is_own_method(child, attribute)):
+            used.append(name)
+    return list(dict.fromkeys(used))
+
+
+def _is_own_method(module: nn.Module, name: str) -> bool:
+    """Whether a module that holds parameters has a method of this name, beside `forward` and what all modules have."""
+    return (
+        name != "forward"
+        and not hasattr(nn.Module, name)
+        and bool(own_parameters(module))
+        and inspect.isfunction(getattr(type(module), name, None))
     )
-    return list(used)
 
 
 @cache

@@ -21,8 +21,23 @@ from ..torch_internals import backward_runs, own_parameters
 from .forms import Dense, SequenceGrads
 from .layer import ONE_SEQUENCE, Layer, Sink, alias
 
-# Where a tensor has the sequences: in its leading dimension, there together with the tokens, or nowhere
-_SPLIT, _FLAT, _WHOLE = "split", "flat", "whole"
+# Where a tensor has the sequences: nowhere; in its leading dimension, there alone, together with the tokens, or with
+# something else, such as heads; or in its second dimension, before that of the tokens
+_WHOLE, _SPLIT, _FLAT, _BLOCKS, _SECOND = "whole", "split", "flat", "blocks", "second"
+
+
+class RerunRefused(RuntimeError):
+    """
+    A module does not treat the sequences of a microbatch one by one, or is not given them so.
+
+    Args:
+        message (`str`): What to tell the user.
+        module (`nn.Module`): The module.
+    """
+
+    def __init__(self, message: str, module: nn.Module):
+        super().__init__(message)
+        self.module = module
 
 
 class RerunSink(Sink, Protocol):
@@ -68,13 +83,21 @@ class _Call:
         k, length, rows = self.num_sequences, self.num_tokens, tensor.shape[0] if tensor.dim() else 0
         if length is not None and rows == k * length and (k > 1 or tensor.dim() == 2):
             return _FLAT
-        return _SPLIT if rows == k and (tensor.dim() > 1 or length != k) else _WHOLE
+        is_second = tensor.dim() > 2 and tuple(tensor.shape[1:3]) == (k, length)
+        # With as many heads as sequences, a mask over pairs of tokens looks like it
+        if is_second and not (rows == k and tensor.shape[2:] == (length, length)):
+            return _SECOND
+        if rows == k and (tensor.dim() > 1 or length != k):
+            return _SPLIT
+        return _BLOCKS if tensor.dim() > 2 and rows > k and rows % k == 0 else _WHOLE
 
     def part(self, tensor: torch.Tensor, layout: str, i: int) -> torch.Tensor:
         """Sequence i of a tensor."""
         if layout == _WHOLE:
             return tensor
-        length = self.num_tokens if layout == _FLAT else 1
+        if layout == _SECOND:
+            return tensor[:, i : i + 1]
+        length = tensor.shape[0] // self.num_sequences
         return tensor[i * length : (i + 1) * length]
 
 
@@ -162,7 +185,7 @@ class RerunLayer(Layer):
         Gradients of the module's parameters for each sequence.
 
         Raises:
-            RuntimeError: If the module does not treat sequences one by one.
+            RerunRefused: If the module does not treat sequences one by one.
         """
         device = next(iter(params.values())).device.type
         found = {name: [] for name in params}
@@ -195,9 +218,7 @@ class RerunLayer(Layer):
             raise self._refusal("it has an output that is not one entry a sequence")
         for i in range(call.num_sequences):
             parts = [call.part(x, layout, i) for x, layout in zip(tensors, layouts, strict=True)]
-            outputs = self._run(call, parts)
-            if call.expected is not None:
-                self._check(call, outputs, i)
+            outputs = self._run(call, parts) if call.expected is None else self._tried(call, parts, i)
             yield _vjp(
                 outputs,
                 [None if g is None else call.part(g, at, i) for g, at in zip(grad_outputs, outer, strict=True)],
@@ -233,8 +254,12 @@ class RerunLayer(Layer):
         # Not as a module, whose own hooks follow it
         return [x for x in pytree.tree_leaves(self.module.forward(*args, **kwargs)) if _takes_gradient(x)]
 
-    def _check(self, call: _Call, outputs: Sequence[torch.Tensor], i: int) -> None:
-        """Check that a sequence's outputs are those that it had among the others."""
+    def _tried(self, call: _Call, parts: Sequence[torch.Tensor], i: int) -> list[torch.Tensor]:
+        """A sequence's outputs, if they are those that it had among the others."""
+        try:
+            outputs = self._run(call, parts)
+        except Exception as error:  # whatever it is that one sequence alone is too few for
+            raise self._refusal(f"on one of them alone, it fails ({error})") from error
         for together, alone in zip(call.expected, outputs, strict=True):
             layout = call.layout(together)
             if layout == _WHOLE:
@@ -244,12 +269,14 @@ class RerunLayer(Layer):
             tolerance = 1e-3 if eps < 1e-6 else 0.1
             if want.shape != got.shape or not (got - want).norm() <= tolerance * want.norm():
                 raise self._refusal("on one of them alone, it has another output than on all of them")
+        return outputs
 
-    def _refusal(self, why: str) -> RuntimeError:
-        return RuntimeError(
+    def _refusal(self, why: str) -> RerunRefused:
+        return RerunRefused(
             f"`{self.name}` ({type(self.module).__name__}) does not treat the sequences of a microbatch one by one: "
             f"{why}. Train with {ONE_SEQUENCE}, freeze its parameters, or register a rule for its class "
-            "(`proma_trl.register_rule`)."
+            "(`proma_trl.register_rule`).",
+            self.module,
         )
 
     @staticmethod

@@ -1,5 +1,7 @@
 """The general rule: modules without one of their own run again in the backward pass, one sequence at a time."""
 
+from types import MethodType
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -228,6 +230,89 @@ def test_bfloat16_autocast_is_that_of_the_forward_pass():
         sum((x[n].double() - y[n]).square().sum() for n in want) for x, y in ((found, want), (want, plain))
     )
     assert error < 0.1 * distance
+
+
+class Transposing(nn.Module):
+    """Gives its child tokens first, and sequences second."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = Gain()
+
+    def forward(self, values):
+        return self.child(values.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, len(values))).transpose(0, 1)
+
+
+def checked(accumulation, batch):
+    """As the trainer does with its first microbatch."""
+    ids, mask, weights, _ = batch
+    accumulation.check_sequences(lambda r, _: (objectives(accumulation.model, ids, mask, weights) * r).sum(), len(ids))
+
+
+def test_a_parent_runs_again_where_its_child_is_not_given_sequences():
+    model, batches = with_module(Transposing()), make_batches("llama-untied", 4)
+    accumulation = ProjectedAccumulation(model, microbatch_size=4)
+    assert accumulation.rerun_names() == ["model.layers.1.mlp.down_proj.1.child"]
+    checked(accumulation, batches[0])
+    assert accumulation.rerun_names() == ["model.layers.1.mlp.down_proj.1"]
+    run(accumulation, batches)
+    found = {name: p.grad for name, p in model.named_parameters()}
+    oracle.assert_close(found, expected(model, batches))
+
+
+@pytest.mark.parametrize("name", ["Llama4ForCausalLM", "GPTNeoXJapaneseForCausalLM"])
+def test_families_whose_parents_run_again(name):
+    """Experts that get all tokens once for each of them; a bias that a layer hands to its parent."""
+    model, batches = tiny_causal_lm(name), make_batches("gemma2-softcap", 3, count=2)
+    accumulation = ProjectedAccumulation(model, microbatch_size=3)
+    before = accumulation.rerun_names()
+    checked(accumulation, batches[0])
+    assert accumulation.rerun_names() != before
+    run(accumulation, batches)
+    found = {name: p.grad for name, p in model.named_parameters()}
+    oracle.assert_close(found, expected(model, batches), 1e-9)
+
+
+def test_where_no_parent_can_run_again_the_module_is_refused_by_name():
+    model = tiny_model("llama-untied")
+    model.model.layers[0].forward = MethodType(mixing_forward, model.model.layers[0])
+    model.model.layers[0].gain = nn.Parameter(torch.ones(32))
+    batches = make_batches("llama-untied", 4)
+    accumulation = ProjectedAccumulation(model, microbatch_size=4)
+    with pytest.raises(RuntimeError, match=r"`model.layers.0` \(LlamaDecoderLayer\) does not treat"):
+        checked(accumulation, batches[0])
+
+
+def mixing_forward(self, hidden_states, **kwargs):
+    return type(self).forward(self, hidden_states * self.gain - hidden_states.mean(0, keepdim=True), **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["heads", "second"])
+def test_sequences_beside_something_else(kind):
+    """An argument with the heads of all sequences, and one with the sequences in its second dimension."""
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.child = Child()
+
+        def forward(self, values):
+            k, length, _ = values.shape
+            if kind == "heads":
+                return self.child(values, values.view(k, length, 4, -1).transpose(1, 2).flatten(0, 1))
+            return self.child(values, torch.stack([values, 2 * values]))
+
+    class Child(Gain):
+        def forward(self, values, more):
+            if kind == "heads":
+                more = more.unflatten(0, (len(values), 4)).transpose(1, 2).flatten(2)
+            else:
+                more = more[1]
+            return values * self.gain + torch.tanh(more) * self.gain.square()
+
+    model, batches = with_module(Parent()), make_batches("llama-untied", 4)
+    found, _ = accumulate(model, batches)
+    oracle.assert_close(found, expected(model, batches))
 
 
 def test_a_layer_with_a_rule_does_not_run_again():
