@@ -3,7 +3,7 @@ Which of transformers' causal language models train with PROMA, and whether thei
 
     python benchmarks/architectures.py
     python benchmarks/architectures.py --classes Qwen3ForCausalLM MambaForCausalLM --again
-    python benchmarks/architectures.py --output results/architectures.json --docs docs/architectures.md
+    python benchmarks/architectures.py --output results/architectures.json --docs docs/models.md
 
 A tiny model of each class, with random weights, goes through two microbatches of three padded sequences. The gradients
 of single sequences in `ProjectedAccumulation`, and what it leaves in the model's with the exact projection, are held
@@ -282,11 +282,17 @@ def page(results: list[dict[str, Any]]) -> str:
     counts = Counter(result["verdict"] for result in results)
     meaning = dict(re.findall(r"^- ([a-z ]+): (.+)$", inspect.getdoc(sys.modules[__name__]), re.MULTILINE))
     lines = [
-        "# Architectures",
+        "# Which models train",
         "",
-        f"What `benchmarks/architectures.py` found for the {len(results)} causal language models of transformers "
-        f"{transformers.__version__}, with tiny models of random weights and {K} sequences a microbatch. One sequence "
-        "a microbatch works with all of them.",
+        f"The {len(results)} causal language models of transformers {transformers.__version__}, with the "
+        f"accumulation-based variant and {K} sequences a microbatch: tiny models with random weights, whose gradients "
+        "of single sequences are held against the definition. With one sequence a microbatch, a parameter's gradient is "
+        "that of the sequence; Intra-PROMA alone needs none. For a model of your own: `python -m proma_trl.check "
+        "MODEL`.",
+        "",
+        "```sh",
+        "python benchmarks/architectures.py --again --output results/architectures.json --docs docs/models.md",
+        "```",
         "",
         "| Verdict | Classes | Meaning |",
         "| --- | ---: | --- |",

@@ -226,6 +226,8 @@ class ProjectedAccumulation:
             return []
         layers = plan_linear_layers(self.model, self.intra.head)
         projected = {matrix for layer in layers for matrix in layer.matrices}
+        if needs_sequences(self.rule, self.intra):
+            projected -= self._hooks.rerun_params()
         return [name for name, param in self._trainable() if param in projected]
 
     def check_sequences(

@@ -74,6 +74,11 @@ class ModelHooks:
         """Whether a followed layer multiplies its input by `param`."""
         return any(matrix is param for layer in self._layers for matrix in layer.matrices)
 
+    def rerun_params(self) -> set[nn.Parameter]:
+        """The parameters whose gradients are found where a module runs again."""
+        layers = (layer for layer in self._layers if isinstance(layer, RerunLayer))
+        return {param for layer in layers for param in layer.params.values()}
+
     def rerun_modules(self, names: list[str]) -> list[nn.Module]:
         """The modules that run again for some of these parameters."""
         params = dict(self._model.named_parameters(remove_duplicate=False))

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from . import linear
 from .embedding import EmbeddingLayer, embedding_refusal
-from .experts import ExpertsLayer, is_experts
+from .experts import ExpertsLayer, ExpertsRule, is_experts
 from .layer import ONE_SEQUENCE, Layer
 from .norm import BroadcastLayer, broadcasts_parameters
 from .probe import children_used_directly
@@ -173,6 +173,8 @@ def _layer_for(
             return RuleLayer(name, module, names, rule)
         if broadcasts_parameters(module):
             return BroadcastLayer(name, module, names)
+        if is_experts(module):
+            return ExpertsRule(name, module, names)
     if _is_large(module):
         return f"holds {', '.join(f'`{n}`' for n in names)} and has no rule"
     theirs = (f"{child_name}.{own}" for child_name, child in children for own in _trainable(child))
@@ -233,7 +235,7 @@ def _is_large(module: nn.Module) -> bool:
 
 
 def _has_no_rule(module: nn.Module) -> bool:
-    return rule_for(module) is None and not broadcasts_parameters(module)
+    return rule_for(module) is None and not broadcasts_parameters(module) and not is_experts(module)
 
 
 def _trainable(module: nn.Module) -> tuple[str, ...]:

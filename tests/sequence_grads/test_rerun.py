@@ -287,6 +287,25 @@ def mixing_forward(self, hidden_states, **kwargs):
     return type(self).forward(self, hidden_states * self.gain - hidden_states.mean(0, keepdim=True), **kwargs)
 
 
+def test_a_mask_with_infinities_among_the_outputs():
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.child = Child()
+
+        def forward(self, values):
+            output, mask = self.child(values)
+            return output + mask.exp()
+
+    class Child(Gain):
+        def forward(self, values):
+            return values * self.gain, torch.where(values > 0, values * self.gain, -torch.inf)
+
+    model, batches = with_module(Parent()), make_batches("llama-untied", 4)
+    found, _ = accumulate(model, batches)
+    oracle.assert_close(found, expected(model, batches))
+
+
 @pytest.mark.parametrize("kind", ["heads", "second"])
 def test_sequences_beside_something_else(kind):
     """An argument with the heads of all sequences, and one with the sequences in its second dimension."""
