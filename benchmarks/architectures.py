@@ -286,8 +286,8 @@ def page(results: list[dict[str, Any]]) -> str:
         "",
         f"The {len(results)} causal language models of transformers {transformers.__version__}, with the "
         f"accumulation-based variant and {K} sequences a microbatch: tiny models with random weights, whose gradients "
-        "of single sequences are held against the definition. With one sequence a microbatch, a parameter's gradient is "
-        "that of the sequence; Intra-PROMA alone needs none. For a model of your own: `python -m proma_trl.check "
+        "of single sequences are held against the definition. With one sequence a microbatch, a parameter's gradient "
+        "is that of the sequence; Intra-PROMA alone needs none. For a model of your own: `python -m proma_trl.check "
         "MODEL`.",
         "",
         "```sh",

@@ -16,10 +16,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 import proma_trl
+import proma_trl.sequence_grads.plan
 from proma_trl import PROMAConfig
 
 # Settings of trainers that neither log nor save
@@ -50,6 +58,10 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--lora", type=int, help="rank of LoRA adapters on all linear layers; all parameters without it"
     )
+    parser.add_argument(
+        "--experts", type=int, default=0, help="experts of each layer's mixture, of which a token meets 2"
+    )
+    parser.add_argument("--general", action="store_true", help="run experts again one sequence at a time")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +88,9 @@ def make_trainer(
     folder: str,
     **settings: Any,
 ) -> GRPOTrainer:
-    """A trainer of a random Qwen3 with a tied embedding, ready for `train()`."""
+    """A trainer of a random Qwen3 with a tied embedding, dense or a mixture, ready for `train()`."""
+    if arguments.general:
+        proma_trl.sequence_grads.plan.is_experts = lambda module: False
     vocabulary = {f"token{i}": i for i in range(8)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="token2")),
@@ -86,18 +100,23 @@ def make_trainer(
     )
     torch.manual_seed(0)
     heads = arguments.hidden // 64
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=arguments.vocabulary,
-            hidden_size=arguments.hidden,
-            intermediate_size=3 * arguments.hidden,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
-            head_dim=64,
-            tie_word_embeddings=True,
+    sizes = {
+        "vocab_size": arguments.vocabulary,
+        "hidden_size": arguments.hidden,
+        "intermediate_size": 3 * arguments.hidden,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    }
+    if arguments.experts:
+        experts = {"num_experts": arguments.experts, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**sizes, **experts, moe_intermediate_size=3 * arguments.hidden // 2)
         )
-    )
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
     args = config_class(
         folder,
         per_device_train_batch_size=arguments.sequences,

@@ -20,7 +20,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedModel
 
-from .sequence_grads import Planned, plan, plan_linear_layers
+from .sequence_grads import Planned, plan_linear_layers, plan_modules
 from .sequence_grads.embedding import EmbeddingLayer
 from .sequence_grads.norm import BroadcastLayer
 from .sequence_grads.registry import RuleLayer
@@ -113,7 +113,7 @@ def check(model: nn.Module, microbatch_size: int = 8) -> Report:
         model (`nn.Module`): The model, with or without adapters, on any device, `"meta"` included.
         microbatch_size (`int`, defaults to `8`): Sequences in a microbatch.
     """
-    planned = plan(model)
+    planned = plan_modules(model)
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     matrices = {matrix for layer in plan_linear_layers(model, head=True) for matrix in layer.matrices}
     again = [entry for entry in planned if isinstance(entry.layer, RerunLayer)]

@@ -33,7 +33,7 @@ class Planned:
     layer: Layer | str
 
 
-def plan(model: nn.Module, with_parents: Collection[nn.Module] = ()) -> list[Planned]:
+def plan_modules(model: nn.Module, with_parents: Collection[nn.Module] = ()) -> list[Planned]:
     """
     How each module that holds trainable parameters is followed, those included that can't be.
 
@@ -66,12 +66,12 @@ def plan(model: nn.Module, with_parents: Collection[nn.Module] = ()) -> list[Pla
 
 def plan_layers(model: nn.Module, with_parents: Collection[nn.Module] = ()) -> list[Layer]:
     """
-    How each layer that holds trainable parameters is followed. Arguments as for [`plan`].
+    How each layer that holds trainable parameters is followed. Arguments as for [`plan_modules`].
 
     Raises:
         ValueError: If some layers don't yield sequence gradients, with their names, reasons and ways out.
     """
-    planned = plan(model, with_parents)
+    planned = plan_modules(model, with_parents)
     refused = [
         f"`{entry.name or 'the model itself'}` ({type(entry.module).__name__}): {entry.layer}"
         for entry in planned
