@@ -55,6 +55,14 @@ WITHOUT_RULES = {
     "qwen3-moe": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     | {"router_aux_loss_coef": 0.0},
     "lfm2": {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.0,
+    },
+    "falcon-h1": {"model_type": "falcon_h1", "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
+    | {"mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4},
 }
 
 
@@ -70,7 +78,7 @@ def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.floa
             setattr(config, name, 0.0)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if architecture == "qwen3-moe":
+    if architecture in ("qwen3-moe", "gpt-oss"):
         model.set_experts_implementation("eager")  # the grouped kernel has no float64
     with torch.no_grad():
         for param in model.parameters():

@@ -17,6 +17,7 @@ from support.harness import (
     make_trainer,
     vowel_reward,
 )
+from support.models import WITHOUT_RULES
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from proma_trl import PROMAConfig, PROMATrainer
@@ -29,10 +30,11 @@ class Recorder(TrainerCallback):
         self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("architecture", ["qwen3-tied", *WITHOUT_RULES])
 @pytest.mark.parametrize("kwargs", [{}, {"gradient_checkpointing": True, "loss_type": "grpo"}])
-def test_what_reaches_the_optimizer_in_training(kwargs, tmp_path):
+def test_what_reaches_the_optimizer_in_training(kwargs, architecture, tmp_path):
     recorder = Recorder()
-    trainer = make_trainer(tmp_path, callbacks=[recorder], max_grad_norm=0.0, **kwargs)
+    trainer = make_trainer(tmp_path, make_model(architecture), callbacks=[recorder], max_grad_norm=0.0, **kwargs)
     initial = copy.deepcopy(trainer.model.state_dict())
     microbatches = []
     original = trainer._compute_loss
