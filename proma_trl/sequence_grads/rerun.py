@@ -100,6 +100,14 @@ class _Call:
         length = tensor.shape[0] // self.num_sequences
         return tensor[i * length : (i + 1) * length]
 
+    def fits(self, tensor: torch.Tensor, layout: str) -> bool:
+        """Whether a tensor can have the sequences there."""
+        k = self.num_sequences
+        if layout == _SECOND:
+            return tensor.dim() > 1 and tensor.shape[1] == k
+        rows = {_SPLIT: k, _FLAT: k * (self.num_tokens or 1)}
+        return layout == _WHOLE or tensor.shape[0] == rows.get(layout, tensor.shape[0] // k * k)
+
 
 class RerunLayer(Layer):
     """
@@ -115,8 +123,8 @@ class RerunLayer(Layer):
     def __init__(self, name: str, module: nn.Module, param_names: tuple[str, ...]):
         super().__init__(name, module, param_names)
         self._random: list[torch.Tensor] | None = None
-        # Kinds of arguments for which the sequences have been found to be where they seem to be
-        self._known: dict[tuple, list[str]] = {}
+        # Where the sequences are in arguments and in outputs, for the kinds of arguments for which that was checked
+        self._known: dict[tuple, tuple[list[str], list[str]]] = {}
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
@@ -212,21 +220,24 @@ class RerunLayer(Layer):
         copies: Sequence[torch.Tensor],
     ) -> Iterator[tuple[torch.Tensor | None, ...]]:
         kind = self._kind(call, tensors)
-        layouts = self._known.get(kind) or [call.layout(x) for x in tensors]
-        outer = [None if grad is None else call.layout(grad) for grad in grad_outputs]
-        if _WHOLE in outer:
+        if call.expected is None:
+            layouts, outer = self._known[kind]
+        else:
+            layouts, outer = ([call.layout(x) for x in of] for of in (tensors, call.expected))
+        self._refuse_unknown(call, [*tensors, *grad_outputs], [*layouts, *outer])
+        if any(grad is not None and at == _WHOLE for grad, at in zip(grad_outputs, outer, strict=True)):
             raise self._refusal("it has an output that is not one entry a sequence")
         for i in range(call.num_sequences):
             parts = [call.part(x, layout, i) for x, layout in zip(tensors, layouts, strict=True)]
-            outputs = self._run(call, parts) if call.expected is None else self._tried(call, parts, i)
+            outputs = self._run(call, parts) if call.expected is None else self._tried(call, parts, outer, i)
             yield _vjp(
                 outputs,
                 [None if g is None else call.part(g, at, i) for g, at in zip(grad_outputs, outer, strict=True)],
                 copies,
             )
-        # A dimension of T that equals k says nothing about other lengths
-        if call.expected is not None and call.num_tokens != call.num_sequences:
-            self._known[kind] = layouts
+        # Where T equals k, that says nothing about other lengths, and one sequence says nothing about more of them
+        if call.expected is not None and call.num_sequences not in (1, call.num_tokens):
+            self._known[kind] = layouts, outer
 
     def _replayed(
         self,
@@ -254,14 +265,20 @@ class RerunLayer(Layer):
         # Not as a module, whose own hooks follow it
         return [x for x in pytree.tree_leaves(self.module.forward(*args, **kwargs)) if _takes_gradient(x)]
 
-    def _tried(self, call: _Call, parts: Sequence[torch.Tensor], i: int) -> list[torch.Tensor]:
+    def _refuse_unknown(self, call: _Call, tensors: Sequence[torch.Tensor | None], layouts: Sequence[str]) -> None:
+        for tensor, layout in zip(tensors, layouts, strict=True):
+            if tensor is not None and not call.fits(tensor, layout):
+                raise self._refusal(
+                    f"where they were first is not where they can be in a tensor of shape {tuple(tensor.shape)}"
+                )
+
+    def _tried(self, call: _Call, parts: Sequence[torch.Tensor], outer: Sequence[str], i: int) -> list[torch.Tensor]:
         """A sequence's outputs, if they are those that it had among the others."""
         try:
             outputs = self._run(call, parts)
         except Exception as error:  # whatever it is that one sequence alone is too few for
             raise self._refusal(f"on one of them alone, it fails ({error})") from error
-        for together, alone in zip(call.expected, outputs, strict=True):
-            layout = call.layout(together)
+        for together, alone, layout in zip(call.expected, outputs, outer, strict=True):
             if layout == _WHOLE:
                 continue
             want, got = call.part(together, layout, i), alone.detach()

@@ -183,6 +183,30 @@ def test_a_table_of_positions_is_no_sequence(lengths):
     oracle.assert_close(found, expected(model, batches))
 
 
+def test_a_microbatch_of_one_sequence_tells_nothing_about_others():
+    """As the last one of an epoch can be: everything has a leading dimension of one in it."""
+    model = with_module(Table())
+    batches = [make_batch(k, seed) for seed, k in enumerate((1, 4, 1, 3))]
+    found, _ = accumulate(model, batches, microbatch_size=4)
+    oracle.assert_close(found, expected(model, batches))
+
+
+class Table(nn.Module):
+    """Gives its child a table `(1, T, d)`."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = WithTable()
+
+    def forward(self, values):
+        return self.inner(values, torch.linspace(0.5, 2, values[0].numel()).view(1, *values.shape[1:]))
+
+
+class WithTable(Gain):
+    def forward(self, values, table):
+        return values * self.gain * table
+
+
 def test_a_kernel_that_takes_a_childs_parameters():
     class Mixer(nn.Module):
         """Never runs its convolution."""
