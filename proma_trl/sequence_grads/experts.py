@@ -176,10 +176,22 @@ class ExpertGrads:
         self._starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
 
     def write_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
-        out.copy_(self._products(start, stop))
+        if out.is_cuda or out.dtype != self.left.dtype:
+            out.copy_(self._products(start, stop))
+        else:
+            self.add_rows(out.zero_(), start, stop)
 
     def add_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
-        out += self._products(start, stop)
+        if out.is_cuda or out.dtype != self.left.dtype:
+            out += self._products(start, stop)
+            return
+        # Filling up is for devices on which many small products take longer than a large one
+        for expert in range(start, stop):
+            segments = zip(self._starts[expert].tolist(), self.counts[expert].tolist(), strict=True)
+            for i, (first, count) in enumerate(segments):
+                if count:
+                    rows = slice(first, first + count)
+                    out[i, expert - start].addmm_(self.left[rows].mT, self.right[rows])
 
     def combine(self, coefficients: torch.Tensor | None) -> torch.Tensor:
         experts, k = self.counts.shape
