@@ -310,7 +310,7 @@ def page(results: list[dict[str, Any]]) -> str:
             detail = f"`{result['furthest']}` is off by {result['error']:.1e}"
         if "unused_frozen" in result:
             verdict = result["unused_frozen"]["verdict"]
-            detail += f" With the parameters frozen that text does not use: {verdict}."
+            detail = f"{detail.rstrip('.')}. With the parameters frozen that text does not use: {verdict}."
         detail = detail.replace("|", "\\|").replace("\n", " ")
         lines.append(f"| `{result['class']}` | {result['model_type']} | {result['verdict']} | {detail} |")
     return "\n".join(lines) + "\n"

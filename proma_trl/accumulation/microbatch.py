@@ -254,8 +254,9 @@ class Microbatch:
         self.engine.backend.check_leaf_gradient(name, grad)
         if self._emitted.get(self.engine.backend.owner(leaf)) != grad.data_ptr():
             raise RuntimeError(
-                f"`{name}` is used outside the forward pass of the layer that holds it, where its sequence gradients "
-                f"can't be seen. Train with {ONE_SEQUENCE}, or freeze it."
+                f"`{name}` is used outside the forward pass of the layer that holds it, or on a tensor in which the "
+                f"sequences can't be told apart, where its sequence gradients can't be seen. Train with "
+                f"{ONE_SEQUENCE}, or freeze it."
             )
 
     def head_form(self, param: nn.Parameter, num_positions: int) -> str:

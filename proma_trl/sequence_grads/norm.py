@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .forms import Dense, sum_dtype
-from .layer import Layer, Sink, by_sequence
+from .layer import Layer, Sink, by_sequence, is_by_sequence
 from .probe import agree, noise, probe
 from .registry import register_rule
 
@@ -83,6 +83,8 @@ class BroadcastLayer(Layer):
 
     def enter(self, sink: Sink, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         values = args[0] if args else next(iter(kwargs.values()))
+        if sink.num_sequences and not is_by_sequence(sink, values):
+            return None  # an error where a gradient arrives, as nothing is wrong with one that gets none
         per_sequence = by_sequence(sink, values, self.name)
         self.flattened = per_sequence.dim() != values.dim()
         if args:

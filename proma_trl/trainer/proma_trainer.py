@@ -26,7 +26,7 @@ from .fused_head import sequence_head
 from .model_card import ModelCardMixin
 from .sampler_log_probs import sampler_log_probs
 from .sampling import check_server, check_server_log_probs
-from .setup_checks import check_setup, settings_without_effect
+from .setup_checks import check_ranks_agree, check_setup, settings_without_effect
 from .token_trust_region import ON_CPU, TokenTrustRegion
 from .trl_internals import SCORING, check_trl, recorded, replaced
 
@@ -161,6 +161,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             check_server(self.vllm_generation.vllm_client, self.model)
             if region is not None:
                 check_server_log_probs(self.vllm_generation.vllm_client, args)
+        check_ranks_agree(self.accelerator, self.model)
         without_effect = settings_without_effect(args, self.accelerator, self.model)
         if without_effect and self.accelerator.is_main_process:
             for message in without_effect:

@@ -1,9 +1,10 @@
 """Checks before training: setups that the projection does not work with, and settings without effect."""
 
 from collections.abc import Iterator
+from itertools import zip_longest
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, gather_object
 from torch import nn
 
 from ..backends import is_deepspeed
@@ -66,6 +67,31 @@ def check_setup(accelerator: Accelerator, num_gpus: int, model: nn.Module) -> No
             f"PROMA's projection does not work with {problem}. {way_out} Or set {REINFORCE_SETTINGS}, which is "
             "REINFORCE."
         )
+
+
+def check_ranks_agree(accelerator: Accelerator, model: nn.Module) -> None:
+    """
+    Check that all ranks train the same parameters in the same order, in which gradients are averaged. All ranks call
+    this.
+
+    Args:
+        accelerator (`Accelerator`): What will prepare the model.
+        model (`nn.Module`): What will be trained.
+
+    Raises:
+        ValueError: If not, with the first name that differs.
+    """
+    if accelerator.num_processes == 1:
+        return
+    own = [name for name, param in model.named_parameters() if param.requires_grad]
+    for rank, names in enumerate(gather_object([own])):
+        if names != own:
+            here, there = next(pair for pair in zip_longest(own, names) if pair[0] != pair[1])
+            raise ValueError(
+                f"Ranks differ in what they train, or in its order: `{here}` on rank {accelerator.process_index} is "
+                f"`{there}` on rank {rank}, and their gradients would be averaged. Where PEFT puts several adapters "
+                "on a mixture's experts, their order depends on the process: launch with `PYTHONHASHSEED=0`."
+            )
 
 
 def _problems(accelerator: Accelerator, num_gpus: int, model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from support.architectures import tiny_causal_lm
 from support.models import tiny_mixture, tiny_model
 from support.sequences import accumulate, expected, make_batch, make_batches, objectives, run
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from proma_trl import REINFORCE, ProjectedAccumulation, ProjectionSettings
 
@@ -356,6 +357,29 @@ def test_sequences_beside_something_else(kind):
     model, batches = with_module(Parent()), make_batches("llama-untied", 4)
     found, _ = accumulate(model, batches)
     oracle.assert_close(found, expected(model, batches))
+
+
+class Aside(nn.Module):
+    """Normalizes means over sequences and tokens as well, and uses them or not."""
+
+    def __init__(self, used):
+        super().__init__()
+        self.norm, self.used = LlamaRMSNorm(32), used
+
+    def forward(self, values):
+        aside = self.norm(values.flatten(0, 1).mean(0, keepdim=True))
+        return values + aside if self.used else values
+
+
+def test_a_norm_without_a_gradient_need_not_tell_sequences_apart():
+    model, batches = with_module(Aside(used=False)), make_batches("llama-untied", 4)
+    found, _ = accumulate(model, batches)
+    unused = "model.layers.1.mlp.down_proj.1.norm.weight"
+    assert found.pop(unused) is None
+    want = expected(model, batches)
+    oracle.assert_close(found, {name: grad for name, grad in want.items() if name != unused})
+    with pytest.raises(RuntimeError, match=rf"`{unused}` is used .* on a tensor in which the sequences can't be told"):
+        accumulate(with_module(Aside(used=True)), batches)
 
 
 def test_a_layer_with_a_rule_does_not_run_again():

@@ -10,7 +10,7 @@ from accelerate.utils import DynamoBackend
 from support.harness import make_args, make_model
 from transformers.distributed import DistributedConfig
 
-from proma_trl.trainer.setup_checks import check_setup, settings_without_effect
+from proma_trl.trainer.setup_checks import check_ranks_agree, check_setup, settings_without_effect
 
 
 def setup(distributed_type=DistributedType.MULTI_GPU, deepspeed=None, **attributes):
@@ -120,3 +120,21 @@ def test_intra_settings_without_effect_on_a_model(tmp_path):
         param.requires_grad_("norm" in name)
     (message,) = settings_without_effect(args, setup(), model)
     assert message.startswith("`intra_dim=3` has no effect on this model: none of its trainable parameters")
+
+
+def test_ranks_that_differ_in_what_they_train(monkeypatch):
+    """As they can with PEFT's adapters on experts, one of which is around the other."""
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1, bias=False))
+    names = ["0.weight", "0.bias", "1.weight"]
+    accelerator = SimpleNamespace(num_processes=2, process_index=0)
+    for other, message in (
+        (names, None),
+        (["0.bias", "0.weight", "1.weight"], "`0.weight` on rank 0 is `0.bias` on rank 1.*PYTHONHASHSEED=0"),
+        (names[:2], "`1.weight` on rank 0 is `None` on rank 1"),
+    ):
+        monkeypatch.setattr("proma_trl.trainer.setup_checks.gather_object", lambda own, other=other: [*own, other])
+        if message is None:
+            check_ranks_agree(accelerator, model)
+        else:
+            with pytest.raises(ValueError, match=message):
+                check_ranks_agree(accelerator, model)
