@@ -218,7 +218,7 @@ class ProjectedAccumulation:
         Names of the modules that have no rule, and so run again in the backward pass for the sequence gradients of
         their parameters.
         """
-        return [] if self._hooks is None else self._hooks.rerun_names()
+        return [] if self._hooks is None else [layer.name for layer in self._hooks.rerun_layers()]
 
     def projected_names(self) -> list[str]:
         """Names of the parameters whose gradients Intra-PROMA projects."""
@@ -227,7 +227,7 @@ class ProjectedAccumulation:
         layers = plan_linear_layers(self.model, self.intra.head)
         projected = {matrix for layer in layers for matrix in layer.matrices}
         if needs_sequences(self.rule, self.intra):
-            projected -= self._hooks.rerun_params()
+            projected -= {param for layer in self._hooks.rerun_layers() for param in layer.params.values()}
         return [name for name, param in self._trainable() if param in projected]
 
     def check_sequences(
@@ -274,7 +274,9 @@ class ProjectedAccumulation:
                 if not self._run_parents_again([refused.module]):
                     raise
             except WrongSequences as error:
-                if not self._run_parents_again(self._hooks.rerun_modules(error.names)):
+                wrong = {self.model.get_parameter(name) for name in error.names}
+                layers = [x for x in self._hooks.rerun_layers() if wrong.intersection(x.params.values())]
+                if not self._run_parents_again([layer.module for layer in layers]):
                     raise
 
     def end_step(self) -> None:

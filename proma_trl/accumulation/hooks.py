@@ -74,25 +74,13 @@ class ModelHooks:
         """Whether a followed layer multiplies its input by `param`."""
         return any(matrix is param for layer in self._layers for matrix in layer.matrices)
 
-    def rerun_params(self) -> set[nn.Parameter]:
-        """The parameters whose gradients are found where a module runs again."""
-        layers = (layer for layer in self._layers if isinstance(layer, RerunLayer))
-        return {param for layer in layers for param in layer.params.values()}
-
-    def rerun_modules(self, names: list[str]) -> list[nn.Module]:
-        """The modules that run again for some of these parameters."""
-        params = dict(self._model.named_parameters(remove_duplicate=False))
-        wanted = {params[name] for name in names if name in params}
-        layers = (layer for layer in self._layers if isinstance(layer, RerunLayer))
-        return [layer.module for layer in layers if wanted.intersection(layer.params.values())]
+    def rerun_layers(self) -> list[RerunLayer]:
+        """The modules that run again in the backward pass."""
+        return [layer for layer in self._layers if isinstance(layer, RerunLayer)]
 
     def follows_module(self, module: nn.Module) -> bool:
         """Whether a module is followed by itself."""
         return any(layer.module is module for layer in self._layers)
-
-    def rerun_names(self) -> list[str]:
-        """Names of the modules that run again in the backward pass."""
-        return [layer.name for layer in self._layers if isinstance(layer, RerunLayer)]
 
     def hook_leaves(self, backend: Backend) -> None:
         """Hook onto what autograd will give the parameters."""

@@ -14,7 +14,7 @@ from ..backends import is_distributed, whole_shape
 from ..intra.intra_proma import IntraProjection
 from ..sequence_grads.experts import ExpertFactors
 from ..sequence_grads.forms import Dense, SequenceGrads, sum_dtype
-from ..sequence_grads.layer import ONE_SEQUENCE
+from ..sequence_grads.layer import ONE_SEQUENCE, autocast_dtype
 from ..torch_internals import StorageCache, backward_id, call_after_backward
 from .emission import GIB, Emission, Engine, lowest_precision
 
@@ -110,8 +110,8 @@ class Microbatch:
         if isinstance(mask, torch.Tensor) and is_tokens and mask.shape == value.shape[:2]:
             self._real = mask != 0
         self._device = value.device
-        if self._autocast is None and torch.is_autocast_enabled(device.type):
-            self._autocast = torch.get_autocast_dtype(device.type)
+        if self._autocast is None:
+            self._autocast = autocast_dtype(device)
 
     def expect(self, param: nn.Parameter) -> None:
         """Announce that `receive` will be called once more for `param`."""

@@ -1,12 +1,12 @@
 """Checks that a model's sequence gradients are right: weighted and summed, they are an ordinary gradient."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from ..sequence_grads.layer import ONE_SEQUENCE
+from ..sequence_grads.probe import random_numbers_kept
 
 Backward = Callable[[torch.Tensor], torch.dtype]
 
@@ -69,14 +69,6 @@ def check_sequences(model: nn.Module, ordinary: Backward, captured: Backward, nu
             f"registered rule is wrong. Train with {ONE_SEQUENCE}, or freeze these parameters.",
             wrong,
         )
-
-
-@contextmanager
-def random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """What comes after the context draws the random numbers that it would have drawn without it."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        yield
 
 
 def _differing(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], precision: torch.dtype) -> list[str]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..backends import whole_shape
 from .forms import Dense, SequenceGrads, sum_dtype
-from .layer import ONE_SEQUENCE, Layer, Sink, alias, by_sequence
+from .layer import ONE_SEQUENCE, Layer, Sink, alias, autocast_dtype, by_sequence, output_tolerance
 from .registry import RuleLayer
 from .rerun import RerunRefused
 
@@ -236,8 +236,8 @@ class ExpertsRule(RuleLayer):
 
     def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
         if not self._checked:
-            rounded = torch.is_autocast_enabled(output.device.type) or torch.finfo(output.dtype).eps > 1e-6
-            self._expected, self._tolerance = output.detach(), 0.1 if rounded else 1e-3
+            self._expected = output.detach()
+            self._tolerance = output_tolerance(output.dtype, autocast_dtype(output.device))
         return super().leave(sink, args, kwargs, output)
 
     def grads(

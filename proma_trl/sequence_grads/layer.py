@@ -1,11 +1,12 @@
 """What all kinds of layers have in common: how hooks follow them, and how tensors are split by sequence."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from ..torch_internals import own_parameters
+from ..torch_internals import backward_runs, own_parameters
 from .forms import SequenceGrads
 
 # The way out of every error about a layer's sequence gradients
@@ -78,6 +79,16 @@ def _is_split(sink: Sink, tensor: torch.Tensor) -> bool:
     return tensor.shape[:1] == (sink.num_sequences,) and (tensor.dim() > 2 or sink.num_tokens in (None, 1))
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on a device, or `None` outside of it."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def output_tolerance(dtype: torch.dtype, autocast: torch.dtype | None) -> float:
+    """By how much of its norm an output of `dtype` may differ from what it is when it is computed again."""
+    return 1e-3 if max(torch.finfo(x).eps for x in (dtype, autocast or dtype)) < 1e-6 else 0.1
+
+
 def alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory without being a view to autograd, so that models may go on to write to it in place."""
     return tensor.detach()
@@ -90,7 +101,8 @@ class Layer:
     Args:
         name (`str`): The module's name in the model.
         module (`nn.Module`): The module.
-        param_names (`tuple[str, ...]`): Its own trainable parameters.
+        param_names (`tuple[str, ...]`): Its trainable parameters: its own, `"weight"`, or also a child's,
+            `"conv1d.weight"`.
     """
 
     def __init__(self, name: str, module: nn.Module, param_names: tuple[str, ...]):
@@ -103,8 +115,32 @@ class Layer:
     @property
     def params(self) -> dict[str, nn.Parameter]:
         """The parameters as the module holds them now: FSDP exchanges shards for whole ones while a module runs."""
-        own = own_parameters(self.module)
-        return {name: own[name] for name in self.param_names}
+        return {name: own_parameters(holder)[own] for name, holder, own in self.holders()}
+
+    def holders(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Each parameter's name with the module that holds it, and its name there."""
+        for name in self.param_names:
+            path, _, own = name.rpartition(".")
+            yield name, self.module.get_submodule(path), own
+
+    def hide_params(self) -> None:
+        """Let the module run with parameters that take no gradient."""
+        # ZeRO-3 frees the memory of a parameter when its module has run, and gets it back for the backward pass.
+        # Detached tensors would keep that memory alive. Where a checkpointed layer runs again just before its
+        # backward pass they must: torch compares what is saved then with what was saved first.
+        runs_again = backward_runs()
+        for _, holder, own in self.holders():
+            param = own_parameters(holder)[own]
+            if runs_again:
+                holder.__dict__[own] = param.detach()
+            else:
+                param.requires_grad_(False)
+
+    def show_params(self) -> None:
+        """Undo `hide_params`."""
+        for _, holder, own in self.holders():
+            holder.__dict__.pop(own, None)
+            own_parameters(holder)[own].requires_grad_(True)
 
     @property
     def matrices(self) -> list[nn.Parameter]:

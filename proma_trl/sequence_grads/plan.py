@@ -45,9 +45,10 @@ def plan_modules(model: nn.Module, with_parents: Collection[nn.Module] = ()) -> 
     foreign = _foreign_modules(model)
     covered: set[nn.Module] = set()
     for name, module in model.named_modules():
-        names = _trainable(module)
-        children = _covered_children(module, with_parents)
-        if module in covered or not (names or children):
+        if module in covered:
+            continue
+        names, children = _trainable(module), _covered_children(module, with_parents)
+        if not (names or children):
             continue
         layer = foreign.get(module) or _layer_for(name, module, names, children)
         if isinstance(layer, RerunLayer):
@@ -113,8 +114,7 @@ def plan_linear_layers(model: nn.Module, head: bool) -> list[Layer]:
             continue
         rule = linear.rule_if_linear(module)
         if rule is not None:
-            params = tuple(n for n, p in module.named_parameters(recurse=False) if p.requires_grad)
-            layers.append(RuleLayer(name, module, params, rule))
+            layers.append(RuleLayer(name, module, _trainable(module), rule))
     for weight, modules in embeddings.items():
         tied = [layer for layer in layers if any(matrix is weight for matrix in layer.matrices)]
         if tied and any(embedding_refusal(module) for _, module in modules):
@@ -146,9 +146,8 @@ def _foreign_modules(model: nn.Module) -> dict[nn.Module, str]:
             text.update(() if embedding is None else embedding.modules())
         why = "runs outside the text decoder, so that it isn't known which sequence an image (or its patch) belongs to"
         found |= {module: why for module in base.modules() if module not in text}
-    peft_layers = sys.modules.get("peft.tuners.lora.layer")
-    for wrapper in model.modules() if peft_layers is not None else ():
-        if isinstance(wrapper, peft_layers.ParamWrapper):
+    for wrapper in model.modules():
+        if _is_param_wrapper(wrapper):
             why = f"PEFT's `ParamWrapper` multiplies its weights to change `{wrapper.parameter_name}`"
             adapters = (getattr(wrapper, name) for name in wrapper.adapter_layer_names)
             found |= {module: why for adapter in adapters for module in adapter.modules()}
@@ -187,7 +186,8 @@ def _covered_children(module: nn.Module, with_parents: Collection[nn.Module]) ->
     them, or must run again for (`with_parents`), and, where it must run again for parameters of its own, those that
     have neither a rule nor children.
     """
-    if _is_large(module) or isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # the latter never run
+    # Lists of modules never run
+    if not any(module.children()) or isinstance(module, (nn.ModuleList, nn.ModuleDict)) or _is_large(module):
         return []
     if _is_param_wrapper(module):
         # What one of them does to a parameter is undone where the next one inside runs by itself
@@ -207,7 +207,7 @@ def _covered_children(module: nn.Module, with_parents: Collection[nn.Module]) ->
         if _trainable(child) and (name in direct or (again and not any(child.children()) and _has_no_rule(child)))
     ]
     # What such a child runs has been given what it made of the module's arguments
-    inner = ((f"{name}.{path}", part) for name in direct for path, part in _descendants(module.get_submodule(name)))
+    inner = ((f"{n}.{path}", part) for n in direct for path, part in module.get_submodule(n).named_modules() if path)
     return [*found, *((path, part) for path, part in inner if _trainable(part) and _has_no_rule(part))]
 
 
@@ -223,10 +223,6 @@ def _wrappers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     while _is_param_wrapper(module):
         yield prefix, module
         prefix, module = f"{prefix}base_layer.", module.base_layer
-
-
-def _descendants(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [*module.named_modules()][1:]
 
 
 def _is_large(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import dis
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -87,6 +88,14 @@ def noise(*shape: int, like: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     device = torch.device("cpu") if like.is_meta else like.device
     return torch.randn(shape, generator=generator).to(device=device, dtype=like.dtype)
+
+
+@contextmanager
+def random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """What comes after the context draws the random numbers that it would have drawn without it."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        yield
 
 
 def agree(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ..backends import whole_shape
-from ..torch_internals import backward_runs
 from .forms import Dense, SequenceGrads
 from .layer import Layer, Sink, alias, by_sequence
 from .probe import agree, noise, probe, runs_as
@@ -107,20 +106,10 @@ class RuleLayer(Layer):
 
     def enter(self, sink: Sink, args: tuple, kwargs: dict) -> None:
         self.entered = True
-        # ZeRO-3 frees the memory of a parameter when its module has run, and gets it back for the backward pass.
-        # Detached tensors would keep that memory alive. Where a checkpointed layer runs again just before its
-        # backward pass they must: torch compares what is saved then with what was saved first.
-        runs_again = backward_runs()
-        for name, param in self.params.items():
-            if runs_again:
-                self.module.__dict__[name] = param.detach()
-            else:
-                param.requires_grad_(False)
+        self.hide_params()
 
     def exit(self) -> None:
-        for name, param in self.params.items():
-            self.module.__dict__.pop(name, None)
-            param.requires_grad_(True)
+        self.show_params()
         self.entered = False
 
     def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:

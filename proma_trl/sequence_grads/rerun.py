@@ -7,7 +7,7 @@ are of a kind that has not been seen before. It costs one more forward pass of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
-from ..torch_internals import backward_runs, own_parameters
 from .forms import Dense, SequenceGrads
-from .layer import ONE_SEQUENCE, Layer, Sink, alias
+from .layer import ONE_SEQUENCE, Layer, Sink, alias, autocast_dtype, output_tolerance
+from .probe import random_numbers_kept
 
 # Where a tensor has the sequences: nowhere; in its leading dimension, there alone, together with the tokens, or with
 # something else, such as heads; or in its second dimension, before that of the tokens
@@ -127,28 +127,19 @@ class RerunLayer(Layer):
         self._known: dict[tuple, tuple[list[str], list[str]]] = {}
 
     @property
-    def params(self) -> dict[str, nn.Parameter]:
-        return {name: own_parameters(holder)[own] for name, holder, own in self._holders()}
+    def _device(self) -> torch.device:
+        return next(iter(self.params.values())).device
 
     def tells_sequences(self, sink: Sink, args: tuple, kwargs: dict) -> bool:
         return True
 
     def enter(self, sink: RerunSink, args: tuple, kwargs: dict) -> None:
         self.entered = True
-        runs_again = backward_runs()
-        self._random = _random_states(self.params.values())
-        for _, holder, own in self._holders():
-            param = own_parameters(holder)[own]
-            # As in a layer with a rule
-            if runs_again:
-                holder.__dict__[own] = param.detach()
-            else:
-                param.requires_grad_(False)
+        self._random = _random_states(self._device)
+        self.hide_params()
 
     def exit(self) -> None:
-        for _, holder, own in self._holders():
-            holder.__dict__.pop(own, None)
-            own_parameters(holder)[own].requires_grad_(True)
+        self.show_params()
         self.entered = False
 
     def leave(self, sink: RerunSink, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -157,17 +148,15 @@ class RerunLayer(Layer):
         tensors = [leaves[place].detach() for place in places]
         # A cache would go on to grow. In training it begins empty, so that the module does without
         leaves = [None if isinstance(leaf, (torch.Tensor, Cache)) else leaf for leaf in leaves]
-        params = self.params
-        device = next(iter(params.values())).device.type
         before, self._random = self._random, None
-        drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(params.values()), strict=True))
+        drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(self._device), strict=True))
         call = _Call(
             leaves,
             places,
             structure,
             sink.num_sequences,
             sink.num_tokens,
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            autocast_dtype(self._device),
             before if drew else None,
         )
         outputs, output_structure = pytree.tree_flatten(output)
@@ -175,7 +164,7 @@ class RerunLayer(Layer):
         if call.random is None and self._kind(call, tensors) not in self._known:
             call.expected = [outputs[place].detach() for place in found]
         passed = _RerunOutput.apply(
-            self, sink, call, len(tensors), *tensors, *params.values(), *(outputs[place] for place in found)
+            self, sink, call, len(tensors), *tensors, *self.params.values(), *(outputs[place] for place in found)
         )
         for place, tensor in zip(found, passed, strict=True):
             outputs[place] = tensor
@@ -195,12 +184,11 @@ class RerunLayer(Layer):
         Raises:
             RerunRefused: If the module does not treat sequences one by one.
         """
-        device = next(iter(params.values())).device.type
         found = {name: [] for name in params}
         with (
             sink.suspended(),
             torch.enable_grad(),
-            torch.autocast(device, dtype=call.autocast, enabled=call.autocast is not None),
+            torch.autocast(self._device.type, dtype=call.autocast, enabled=call.autocast is not None),
             self._copies(params) as copies,
         ):
             grads_of = self._replayed if call.random is not None else self._one_by_one
@@ -225,8 +213,7 @@ class RerunLayer(Layer):
         else:
             layouts, outer = ([call.layout(x) for x in of] for of in (tensors, call.expected))
         self._refuse_unknown(call, [*tensors, *grad_outputs], [*layouts, *outer])
-        if any(grad is not None and at == _WHOLE for grad, at in zip(grad_outputs, outer, strict=True)):
-            raise self._refusal("it has an output that is not one entry a sequence")
+        self._refuse_whole(grad_outputs, outer)
         for i in range(call.num_sequences):
             parts = [call.part(x, layout, i) for x, layout in zip(tensors, layouts, strict=True)]
             outputs = self._run(call, parts) if call.expected is None else self._tried(call, parts, outer, i)
@@ -247,10 +234,9 @@ class RerunLayer(Layer):
         copies: Sequence[torch.Tensor],
     ) -> Iterator[tuple[torch.Tensor | None, ...]]:
         """With the random numbers of the forward pass, which were drawn for all sequences together."""
-        outer = [None if grad is None else call.layout(grad) for grad in grad_outputs]
-        if _WHOLE in outer:
-            raise self._refusal("it has an output that is not one entry a sequence")
-        with _random_numbers_from(call.random, copies):
+        outer = [_WHOLE if grad is None else call.layout(grad) for grad in grad_outputs]
+        self._refuse_whole(grad_outputs, outer)
+        with _random_numbers_from(call.random, copies[0].device):
             outputs = self._run(call, tensors)
         for i in range(call.num_sequences):
             masked = []
@@ -264,6 +250,10 @@ class RerunLayer(Layer):
         args, kwargs = call.arguments(tensors)
         # Not as a module, whose own hooks follow it
         return [x for x in pytree.tree_leaves(self.module.forward(*args, **kwargs)) if _takes_gradient(x)]
+
+    def _refuse_whole(self, grad_outputs: Sequence[torch.Tensor | None], outer: Sequence[str]) -> None:
+        if any(grad is not None and at == _WHOLE for grad, at in zip(grad_outputs, outer, strict=True)):
+            raise self._refusal("it has an output that is not one entry a sequence")
 
     def _refuse_unknown(self, call: _Call, tensors: Sequence[torch.Tensor | None], layouts: Sequence[str]) -> None:
         for tensor, layout in zip(tensors, layouts, strict=True):
@@ -282,13 +272,11 @@ class RerunLayer(Layer):
             if layout == _WHOLE:
                 continue
             want, got = call.part(together, layout, i), alone.detach()
-            eps = max(torch.finfo(x).eps for x in (want.dtype, call.autocast or want.dtype))
-            tolerance = 1e-3 if eps < 1e-6 else 0.1
             if want.shape != got.shape:
                 raise self._refusal("on one of them alone, it has an output of another shape")
             # A mask's infinities are equal, and have no difference
             difference = torch.where(got == want, 0, got - want)
-            if not difference.norm() <= tolerance * want[want.isfinite()].norm():
+            if not difference.norm() <= output_tolerance(want.dtype, call.autocast) * want[want.isfinite()].norm():
                 raise self._refusal("on one of them alone, it has another output than on all of them")
         return outputs
 
@@ -305,17 +293,11 @@ class RerunLayer(Layer):
         """What arguments have in common whose sequences are in the same places."""
         return (*call.places, *(x.dim() for x in tensors))
 
-    def _holders(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Each parameter with the module that holds it, and its name there."""
-        for name in self.param_names:
-            path, _, own = name.rpartition(".")
-            yield name, self.module.get_submodule(path), own
-
     @contextmanager
     def _copies(self, params: dict[str, nn.Parameter]) -> Iterator[list[torch.Tensor]]:
         """Within the context, the module computes with copies of its parameters. Yields them."""
         copies = [param.detach().requires_grad_() for param in params.values()]
-        hidden = [(holder, own, holder.__dict__.get(own)) for _, holder, own in self._holders()]
+        hidden = [(holder, own, holder.__dict__.get(own)) for _, holder, own in self.holders()]
         try:
             for (holder, own, _), copy in zip(hidden, copies, strict=True):
                 holder.__dict__[own] = copy
@@ -367,9 +349,8 @@ def _vjp(
     return torch.autograd.grad(values, copies, grads, retain_graph=retain_graph, allow_unused=True)
 
 
-def _random_states(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The states of the generators that a module with these parameters draws from."""
-    device = next(iter(params)).device
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    """The states of the generators that a module on a device draws from."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -377,18 +358,10 @@ def _random_states(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @contextmanager
-def _random_numbers_from(states: Sequence[torch.Tensor], params: Iterable[torch.Tensor]) -> Iterator[None]:
+def _random_numbers_from(states: Sequence[torch.Tensor], device: torch.device) -> Iterator[None]:
     """Within the context, random numbers are drawn from these states; then from where they were before."""
-    device = next(iter(params)).device
-    held = _random_states(params)
-
-    def restore(states: Sequence[torch.Tensor]) -> None:
+    with random_numbers_kept(device):
         torch.set_rng_state(states[0])
         if len(states) > 1:
             torch.cuda.set_rng_state(states[1], device)
-
-    restore(states)
-    try:
         yield
-    finally:
-        restore(held)

@@ -18,9 +18,9 @@ from trl import GRPOTrainer
 
 from ..accumulation import ProjectedAccumulation
 from ..accumulation.microbatch import Microbatch
-from ..accumulation.sequence_check import random_numbers_kept
 from ..backends import whole_shape
 from ..rules import PROMA
+from ..sequence_grads.probe import random_numbers_kept
 from .config import PROMAConfig
 from .fused_head import sequence_head
 from .model_card import ModelCardMixin
@@ -122,11 +122,11 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         if region is not None:
             # Its ratio is the one to the sampler
             args.vllm_importance_sampling_correction = False
-        if region is not None and region.needs_top and rollout_func is not None:
-            raise ValueError(
-                f"`divergence={args.divergence!r}` needs the most probable tokens at each position, which a "
-                '`rollout_func` does not return. Set `divergence="binary_tv"` or `"binary_kl"`.'
-            )
+            if region.needs_top and rollout_func is not None:
+                raise ValueError(
+                    f"`divergence={args.divergence!r}` needs the most probable tokens at each position, which a "
+                    '`rollout_func` does not return. Set `divergence="binary_tv"` or `"binary_kl"`.'
+                )
         check_trl()
         acting = args.acting_methods()
         self._name = args.method_name()

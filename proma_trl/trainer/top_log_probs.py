@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..sequence_grads.layer import autocast_dtype
 from .trl_internals import head_is_compact, observed_head
 
 # Elements of rows of the head's weight that are gathered at a time: 32 MiB in float32
@@ -52,8 +53,7 @@ def top_log_probs(ids: torch.Tensor, mask: torch.Tensor) -> Iterator[list[torch.
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
     """Products of N hidden states `(N, H)` with the head's rows `ids`, `(N, m)`, in the head's own precision."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = autocast_dtype(hidden.device) or hidden.dtype
     parts = []
     for states, rows in zip(
         hidden.split(step := max(1, _TILE_ELEMENTS // (ids.shape[-1] * hidden.shape[-1]))),

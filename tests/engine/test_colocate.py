@@ -1,6 +1,5 @@
 """PROMATrainer on completions of a real vLLM engine in its own process."""
 
-import copy
 import statistics
 
 import pytest
@@ -91,33 +90,17 @@ def test_rewards_are_learned(mode, policy, tmp_path):
     assert record["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=0.05)
 
 
-class Rollouts(TrainerCallback):
-    """Keeps the microbatches of each optimizer step, with the policy's log-probabilities that the loss takes."""
-
-    def __init__(self):
-        self.steps, self.microbatches = [], []
-
-    def follow(self, trainer):
-        original = trainer._compute_loss
-        trainer._compute_loss = lambda model, inputs: self.microbatches.append(dict(inputs)) or original(model, inputs)
-        return trainer
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append((copy.deepcopy(model.state_dict()), self.microbatches))
-        self.microbatches = []
-
-
 @pytest.mark.parametrize("kind", ["binary_kl", "topk_tv"])
 def test_a_trust_region_is_anchored_on_the_engine(kind, policy, tmp_path):
     """The engine's log-probabilities, of the sampled tokens and of the most probable ones, are the trainer's own."""
-    rollouts = Rollouts()
+    rollouts = harness.StepRecorder()
     settings = {"divergence": kind, "projection": "none", "temperature": 0.8, "max_steps": 2, "learning_rate": 1e-2}
-    trainer = rollouts.follow(make_trainer(policy, tmp_path, callbacks=[rollouts], **settings))
+    trainer = rollouts.follow(make_trainer(policy, tmp_path, **settings))
     assert trainer.vllm_generation.logprobs == (20 if kind == "topk_tv" else 0)
     trainer.train()
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     tokens, others, outside = [], [], 0
-    for weights, microbatches in rollouts.steps:
+    for weights, _, microbatches in rollouts.steps:
         model.load_state_dict(weights)
         for inputs in microbatches:
             mask = inputs["completion_mask"].bool()

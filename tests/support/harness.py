@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback
 
 from proma_trl import PROMAConfig, PROMATrainer
 from support import oracle
@@ -31,6 +32,36 @@ LORA_ON_EXPERTS = LoraConfig(
 def lora_config(architecture: str) -> LoraConfig:
     """The adapters of a case on several ranks."""
     return LORA_ON_EXPERTS if "moe" in architecture else LORA
+
+
+class GradientRecorder(TrainerCallback):
+    """Keeps what the optimizer gets."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class StepRecorder(TrainerCallback):
+    """Keeps what each optimizer step gets, the weights before it, and the microbatches that it came from."""
+
+    def __init__(self):
+        self.steps, self.microbatches = [], []
+
+    def follow(self, trainer):
+        original = trainer._compute_loss
+
+        def compute_loss(model, inputs):
+            self.microbatches.append({name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)})
+            return original(model, inputs)
+
+        trainer._compute_loss = compute_loss
+        trainer.add_callback(self)
+        return trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.steps.append((copy.deepcopy(model.state_dict()), gradients, self.microbatches))
+        self.microbatches = []
 
 
 def vowel_reward(completions, **kwargs):

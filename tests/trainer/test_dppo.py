@@ -8,6 +8,7 @@ import torch
 from support import dppo, intra, oracle
 from support.harness import (
     TOKENIZER,
+    StepRecorder,
     batch_objectives,
     check,
     definition,
@@ -146,22 +147,11 @@ def test_advantages_of_tokens_without_a_projection(tmp_path):
 # Sampling
 
 
-class Recorded:
-    """A trainer whose steps are recorded: the weights before each, its gradients, its microbatches."""
-
-    def __init__(self, trainer):
-        self.trainer, self.steps, self.microbatches = trainer, [], []
-        original, step = trainer._compute_loss, trainer.accelerator.clip_grad_norm_
-        trainer._compute_loss = lambda model, inputs: self.microbatches.append(dict(inputs)) or original(model, inputs)
-
-        def clip(parameters, norm, **kwargs):
-            gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-            self.steps.append((copy.deepcopy(trainer.model.state_dict()), gradients, self.microbatches))
-            self.microbatches = []
-            return step(parameters, norm, **kwargs)
-
-        trainer.accelerator.clip_grad_norm_ = clip
-        trainer.train()
+def trained(trainer):
+    """Trains, and returns what was recorded of the steps."""
+    recorder = StepRecorder()
+    recorder.follow(trainer).train()
+    return recorder
 
 
 LEARNING = {"optim": "sgd", "learning_rate": 2.0, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
@@ -174,7 +164,7 @@ def test_the_sampler_is_the_distribution_that_was_sampled_from(kind, settings, t
     top = {"divergence_top_k": 12} if kind == "topk_tv" else {}
     trainer = make_trainer(tmp_path, divergence=kind, max_completion_length=6, **settings, **top)
     weights = copy.deepcopy(trainer.model.state_dict())
-    recorded = Recorded(trainer)
+    recorded = trained(trainer)
     model = trainer.pristine
     model.load_state_dict(weights)
     seen, outside = 0, 0
@@ -227,12 +217,13 @@ def truncated(logits, settings):
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_on_policy_nothing_is_masked_and_the_gradient_is_reinforces(kind, tmp_path):
-    found = Recorded(make_trainer(tmp_path / "dppo", divergence=kind, projection="none", **LEARNING))
-    plain = Recorded(make_trainer(tmp_path / "reinforce", projection="none", **LEARNING))
+    trainer = make_trainer(tmp_path / "dppo", divergence=kind, projection="none", **LEARNING)
+    found = trained(trainer)
+    plain = trained(make_trainer(tmp_path / "reinforce", projection="none", **LEARNING))
     ((_, gradients, _),), ((_, want, _),) = found.steps, plain.steps
     for name, gradient in want.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
-    record = found.trainer.state.log_history[0]
+    record = trainer.state.log_history[0]
     assert record["dppo/masked_fraction"] == 0 and record["dppo/missing_fraction"] == 0
     assert record["dppo/divergence/max"] < 1e-5 and record["dppo/ratio/max"] == pytest.approx(1, abs=1e-4)
 
@@ -247,7 +238,7 @@ def test_later_steps_on_a_generation_are_the_definitions(kind, projection, tmp_p
     trainer = make_trainer(
         tmp_path, divergence=kind, divergence_threshold=threshold, projection=projection, **steps, **top, **LEARNING
     )
-    recorded, masked = Recorded(trainer), []
+    recorded, masked = trained(trainer), []
     assert len(recorded.steps) == 4
     for weights, found, microbatches in recorded.steps:
         trainer.model.load_state_dict(weights)
@@ -380,11 +371,12 @@ def test_the_card_says_and_cites_it(projection, name, tmp_path):
 
 def test_proma_without_a_projection_is_dppo(tmp_path):
     settings = {"divergence": "topk_tv", "projection": "none", "max_steps": 2, **LEARNING}
-    ours = Recorded(make_trainer(tmp_path / "proma", **settings))
-    theirs = Recorded(make_trainer(tmp_path / "dppo", None, DPPOTrainer, DPPOConfig, **settings))
+    trainer = make_trainer(tmp_path / "proma", **settings)
+    ours = trained(trainer)
+    theirs = trained(make_trainer(tmp_path / "dppo", None, DPPOTrainer, DPPOConfig, **settings))
     for (_, a, _), (_, b, _) in zip(ours.steps, theirs.steps, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
-    assert ours.trainer._name == "DPPO"
+    assert trainer._name == "DPPO"
 
 
 def test_dppo_takes_its_own_configuration(tmp_path):
@@ -471,7 +463,7 @@ def test_peft(tmp_path):
     from support.harness import LORA
 
     trainer = make_trainer(tmp_path, make_model("llama-untied"), peft_config=LORA, divergence="topk_kl", **LEARNING)
-    recorded = Recorded(trainer)
+    recorded = trained(trainer)
     record = trainer.state.log_history[0]
     assert record["dppo/divergence/max"] < 1e-4 and record["dppo/missing_fraction"] == 0
     ((weights, found, microbatches),) = recorded.steps

@@ -9,6 +9,7 @@ import torch
 from support import oracle
 from support.harness import (
     TOKENIZER,
+    GradientRecorder,
     check,
     definition,
     inputs_for,
@@ -18,17 +19,10 @@ from support.harness import (
     make_trainer,
     trainer_gradients,
 )
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from proma_trl import PROMATrainer
-
-
-class Recorder(TrainerCallback):
-    """Keeps what the optimizer gets."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_trl_methods_keep_their_signatures():
@@ -108,7 +102,7 @@ def test_kernels_that_are_applied_when_training_begins_are_seen(tmp_path, monkey
                 module.forward = MethodType(forward, module)
 
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply_kernels)
-    recorder = Recorder()
+    recorder = GradientRecorder()
     trainer = make_trainer(tmp_path, callbacks=[recorder], max_grad_norm=0.0)
     trainer.args.use_liger_kernel = True
     initial, microbatches = copy.deepcopy(trainer.model.state_dict()), []

@@ -8,6 +8,7 @@ import torch
 from support import dppo, oracle
 from support.harness import (
     TOKENIZER,
+    StepRecorder,
     definition,
     make_inputs,
     make_model,
@@ -15,7 +16,7 @@ from support.harness import (
     token_log_probs,
     trainer_gradients,
 )
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from proma_trl.trainer.sampling import check_server
 
@@ -64,29 +65,6 @@ def sampler(monkeypatch):
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", OtherSampler)
 
 
-class Recorder(TrainerCallback):
-    """Keeps what each optimizer step gets, the weights before it, and the microbatches that it came from."""
-
-    def __init__(self):
-        self.steps, self.microbatches = [], []
-
-    def follow(self, trainer):
-        original = trainer._compute_loss
-
-        def compute_loss(model, inputs):
-            self.microbatches.append({name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)})
-            return original(model, inputs)
-
-        trainer._compute_loss = compute_loss
-        trainer.add_callback(self)
-        return trainer
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-        self.steps.append((copy.deepcopy(model.state_dict()), gradients, self.microbatches))
-        self.microbatches = []
-
-
 def policy_log_probs(trainer, weights, inputs):
     """`(k, T)`, in float64, from a model without hooks."""
     model = copy.deepcopy(trainer.pristine)
@@ -127,7 +105,7 @@ def expected_ratio(mode, low, high, log_probs, inputs, reported):
     ],
 )
 def test_corrections_are_token_weights(mode, low, high, k, tmp_path):
-    recorder = Recorder()
+    recorder = StepRecorder()
     trainer = recorder.follow(
         make_trainer(
             tmp_path,
@@ -185,7 +163,7 @@ def test_a_microbatch_whose_sequences_are_all_masked_changes_nothing(tmp_path):
 @pytest.mark.parametrize("num_iterations", [1, 2])
 def test_later_steps_on_a_generation_carry_the_unclipped_ratio(num_iterations, use_vllm, tmp_path):
     """Two optimizer steps a generation, as in the paper, and several passes over it."""
-    recorder = Recorder()
+    recorder = StepRecorder()
     trainer = recorder.follow(
         make_trainer(
             tmp_path,
@@ -339,7 +317,7 @@ class TopSampler(OtherSampler):
 
 def test_the_most_probable_tokens_of_an_engine(tmp_path, monkeypatch):
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", TopSampler)
-    recorder = Recorder()
+    recorder = StepRecorder()
     settings = {"divergence": "topk_kl", "divergence_top_k": 3, "max_grad_norm": 0.0}
     trainer = recorder.follow(make_trainer(tmp_path, use_vllm=True, **settings))
     assert not trainer.vllm_importance_sampling_correction
@@ -374,7 +352,7 @@ def test_the_most_probable_tokens_of_an_engine(tmp_path, monkeypatch):
 
 def test_an_engines_log_probabilities_of_sampled_tokens(tmp_path):
     """The binary divergences ask for no others, and the engine's own ratio is the one that counts."""
-    recorder = Recorder()
+    recorder = StepRecorder()
     settings = {"divergence": "binary_tv", "divergence_threshold": 0.02, "max_grad_norm": 0.0}
     trainer = recorder.follow(make_trainer(tmp_path, use_vllm=True, **settings))
     trainer.train()
@@ -463,7 +441,7 @@ def test_turns_with_tools(use_vllm, tmp_path, monkeypatch):
     monkeypatch.setattr("trl.trainer.grpo_trainer.parse_response", parse)
     monkeypatch.setattr(TOKENIZER, "response_template", "any", raising=False)
     settings = {"divergence": "topk_kl", "divergence_top_k": 4, "max_completion_length": 14, "use_vllm": use_vllm}
-    recorder = Recorder()
+    recorder = StepRecorder()
     trainer = recorder.follow(make_trainer(tmp_path, reward_funcs=length_reward, **settings))
     trainer.train_dataset = trainer.train_dataset.map(
         lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]}

@@ -11,6 +11,7 @@ from datasets import Dataset
 from support import oracle
 from support.harness import (
     TOKENIZER,
+    GradientRecorder,
     definition,
     make_args,
     make_model,
@@ -18,22 +19,15 @@ from support.harness import (
     vowel_reward,
 )
 from support.models import WITHOUT_RULES
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from proma_trl import PROMAConfig, PROMATrainer
-
-
-class Recorder(TrainerCallback):
-    """Keeps what the optimizer gets, and the weights before its step."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("architecture", ["qwen3-tied", *WITHOUT_RULES])
 @pytest.mark.parametrize("kwargs", [{}, {"gradient_checkpointing": True, "loss_type": "grpo"}])
 def test_what_reaches_the_optimizer_in_training(kwargs, architecture, tmp_path):
-    recorder = Recorder()
+    recorder = GradientRecorder()
     trainer = make_trainer(tmp_path, make_model(architecture), callbacks=[recorder], max_grad_norm=0.0, **kwargs)
     initial = copy.deepcopy(trainer.model.state_dict())
     microbatches = []
