@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from support.models import tiny_llava, tiny_mixture, tiny_model
+from support.vision import OTHERS, tiny_vlm
 
 from proma_trl import ProjectedAccumulation
 from proma_trl.check import NONE, RERUN, RULE, check, main, make_model
@@ -35,13 +36,17 @@ def test_a_mixture():
     assert f"memory for 8 gradients of one tensor at a time: {8 * router * 4 / 2**30:.2f} GiB" in str(report)
 
 
+def refused():
+    return tiny_vlm("glm4v", OTHERS["glm4v"])
+
+
 def test_a_model_that_does_not_train():
-    report = check(tiny_llava(), microbatch_size=2)
-    assert not report.trains and "Conv2d" in ways(report)[NONE]
+    report = check(refused(), microbatch_size=2)
+    assert not report.trains and "Conv3d" in ways(report)[NONE]
     assert "outside the text decoder" in str(report) and "It does not train with 2 sequences" in str(report)
     with pytest.raises(ValueError, match="PROMA needs the gradient of each sequence"):
-        ProjectedAccumulation(tiny_llava(), microbatch_size=2)
-    alone = check(tiny_llava(), microbatch_size=1)
+        ProjectedAccumulation(refused(), microbatch_size=2)
+    alone = check(refused(), microbatch_size=1)
     assert alone.trains and "It trains with one sequence a microbatch" in str(alone)
 
 
@@ -64,7 +69,7 @@ def test_the_command(tmp_path):
 
 
 def test_exit_status_and_adapters(tmp_path, capsys):
-    tiny_llava().save_pretrained(tmp_path)
+    refused().save_pretrained(tmp_path)
     assert make_model(str(tmp_path)).device.type == "meta"
     assert main([str(tmp_path)]) == 1
     targets = r".*language_model.*\.(q_proj|v_proj)"

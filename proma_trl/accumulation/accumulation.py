@@ -379,10 +379,12 @@ class ProjectedAccumulation:
         )
 
     def _excluded(self) -> frozenset[str]:
-        if self.intra is None or self.intra.head:
+        """Names of the linear layers' weights that Intra-PROMA leaves alone."""
+        if self.intra is None:
             return frozenset()
-        weights = {self._backend.owner(weight) for weight in head_weights(self.model)}
-        return frozenset(name for param, name in self._names().items() if param in weights)
+        weights = self._hooks.on_images() + ([] if self.intra.head else head_weights(self.model))
+        owners = {self._backend.owner(weight) for weight in weights}
+        return frozenset(name for param, name in self._names().items() if param in owners)
 
     def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, param) for name, param in self.model.named_parameters() if param.requires_grad)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..backends import Backend
-from ..sequence_grads.layer import Layer
+from ..sequence_grads.images import placeholder
+from ..sequence_grads.layer import Layer, Sink
 from ..sequence_grads.probe import runs_as
 from ..sequence_grads.rerun import RerunLayer
 from ..torch_internals import are_innermost
@@ -78,6 +79,10 @@ class ModelHooks:
         """The modules that run again in the backward pass."""
         return [layer for layer in self._layers if isinstance(layer, RerunLayer)]
 
+    def on_images(self) -> list[nn.Parameter]:
+        """The parameters of layers that run on images."""
+        return [param for layer in self._layers if layer.on_images for param in layer.params.values()]
+
     def follows_module(self, module: nn.Module) -> bool:
         """Whether a module is followed by itself."""
         return any(layer.module is module for layer in self._layers)
@@ -131,26 +136,29 @@ class ModelHooks:
             if "attention_mask" in names[: len(args)]:
                 kwargs = {**kwargs, "attention_mask": args[names.index("attention_mask")]}
             microbatch.read_input(args, kwargs, next(self._model.parameters()).device)
+            if any(layer.on_images for layer in self._layers):
+                microbatch.read_images(args, kwargs, placeholder(self._model))
 
     def _enter(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         microbatch = self._active(False)
         if microbatch is None or microbatch.is_suspended:
             return None
-        if self._optional and not layer.tells_sequences(microbatch, args, kwargs):
+        sink = _sink(microbatch, layer)
+        if self._optional and not layer.tells_sequences(sink, args, kwargs):
             self._say_skipped(layer)
             return None
         if microbatch.phase is Phase.RECORDING:
             for param in layer.params.values():
                 microbatch.expect(param)
         # Reentrant checkpointing runs the layer without gradients first, and records it in the backward pass
-        return layer.enter(microbatch, args, kwargs) if torch.is_grad_enabled() else None
+        return layer.enter(sink, args, kwargs) if torch.is_grad_enabled() else None
 
     def _leave(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output):
         if not layer.entered:
             return None
         # First of all undo what entering did, also where the layer was stopped half way (`output` of `None`)
         layer.exit()
-        return None if output is None else layer.leave(self._active(False), args, kwargs, output)
+        return None if output is None else layer.leave(_sink(self._active(False), layer), args, kwargs, output)
 
     def _leaf_gradient(self, leaf: nn.Parameter, name: str, grad: torch.Tensor | None) -> torch.Tensor | None:
         microbatch = self._active(False)
@@ -170,3 +178,7 @@ class ModelHooks:
                 "which Intra-PROMA does not project.",
                 layer.name,
             )
+
+
+def _sink(microbatch: Microbatch, layer: Layer) -> Sink:
+    return microbatch.images if layer.on_images else microbatch

@@ -14,6 +14,7 @@ from ..backends import is_distributed, whole_shape
 from ..intra.intra_proma import IntraProjection
 from ..sequence_grads.experts import ExpertFactors
 from ..sequence_grads.forms import Dense, SequenceGrads, sum_dtype
+from ..sequence_grads.images import ImageRows, ImageSink
 from ..sequence_grads.layer import ONE_SEQUENCE, autocast_dtype
 from ..torch_internals import StorageCache, backward_id, call_after_backward
 from .emission import GIB, Emission, Engine, lowest_precision
@@ -47,6 +48,7 @@ class Microbatch:
         phase ([`Phase`]): Its phase.
         num_sequences (`int`): k, read from the model's input; 0 until then.
         num_tokens (`int` or `None`): Length T of the input's sequences, where it consists of tokens.
+        images ([`Sink`] or `None`): What layers on images report to, once `read_images` knows whose they are.
         advantages (`(k,)` or `None`): Coefficients of the policy gradient, once they are known.
         weights (`(k,)` or `None`): With what the sequences' objectives are weighted in the backward pass, once the
             advantages are known; `None` where all weights are one.
@@ -62,6 +64,8 @@ class Microbatch:
         self.phase = Phase.RECORDING
         self.num_sequences = 0
         self.num_tokens: int | None = None
+        self.rows = None
+        self.images: ImageSink | None = None
         self.advantages: torch.Tensor | None = None
         self.weights: torch.Tensor | None = None
         self.backward_id = -1
@@ -112,6 +116,26 @@ class Microbatch:
         self._device = value.device
         if self._autocast is None:
             self._autocast = autocast_dtype(device)
+
+    def read_images(self, args: tuple, kwargs: dict, placeholder: int) -> None:
+        """
+        Find out from a call of the model which images belong to which sequence.
+
+        Args:
+            args (`tuple`), kwargs (`dict`): What the model is called with.
+            placeholder (`int`): The id of the tokens that image features take the places of.
+
+        Raises:
+            ValueError: If it is called without token ids, or with videos.
+        """
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None or kwargs.get("pixel_values_videos") is not None:
+            what = "token ids" if ids is None else "images alone, and no videos"
+            raise ValueError(
+                f"Trainable layers run on images, and which sequence each of these belongs to is known from {what}. "
+                f"Train with {ONE_SEQUENCE}, or freeze all outside the text decoder."
+            )
+        self.images = ImageSink(self, ImageRows((ids == placeholder).sum(1).tolist()))
 
     def expect(self, param: nn.Parameter) -> None:
         """Announce that `receive` will be called once more for `param`."""

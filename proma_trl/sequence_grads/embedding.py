@@ -91,9 +91,10 @@ class EmbeddingLayer(Layer):
         self.entered = False
 
     def lookup(self, sink: Sink, ids: torch.Tensor, weight: nn.Parameter, padding_idx: int | None) -> torch.Tensor:
-        ids = self.per_sequence(sink, ids)
+        if sink.rows is None:
+            ids = self.per_sequence(sink, ids)
         output = F.embedding(ids, weight.detach(), padding_idx)
-        return _Lookup.apply(output, ids, padding_idx, sink, weight)
+        return _Lookup.apply(output, ids, padding_idx, sink, weight, self.name)
 
     def per_sequence(self, sink: Sink, ids: torch.Tensor) -> torch.Tensor:
         k, length = sink.num_sequences, sink.num_tokens
@@ -111,13 +112,15 @@ class _Lookup(torch.autograd.Function):
     """Passes what was looked up on; backward, hands the embedding's sequence gradients over."""
 
     @staticmethod
-    def forward(ctx, output, ids, padding_idx, sink, weight):
-        ctx.padding_idx, ctx.sink, ctx.weight, ctx.num_rows = padding_idx, sink, weight, len(weight)
+    def forward(ctx, output, ids, padding_idx, sink, weight, name):
+        ctx.name, ctx.padding_idx, ctx.sink, ctx.weight, ctx.num_rows = name, padding_idx, sink, weight, len(weight)
         ctx.save_for_backward(ids)
         return alias(output)
 
     @staticmethod
     def backward(ctx, grad_output):
         (ids,) = ctx.saved_tensors
+        if ctx.sink.rows is not None:
+            ids, grad_output = (ctx.sink.rows.by_sequence(x, ctx.name) for x in (ids, grad_output))
         grads = _embedding_grads(ids, ctx.padding_idx, ctx.num_rows, grad_output)
-        return None, None, None, None, ctx.sink.receive(ctx.weight, grads)
+        return None, None, None, None, ctx.sink.receive(ctx.weight, grads), None

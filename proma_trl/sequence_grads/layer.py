@@ -16,6 +16,25 @@ ONE_SEQUENCE = (
 )
 
 
+class Spread(Protocol):
+    """How the rows of tensors are spread over k sequences, each of which has some in a row, or none."""
+
+    def has(self, i: int) -> bool:
+        """Whether sequence i has any."""
+
+    def counts(self, tensor: torch.Tensor) -> tuple[int, ...] | None:
+        """Rows of each sequence in the leading dimension of a tensor; `None` if it has other ones."""
+
+    def tells(self, tensor: torch.Tensor) -> bool:
+        """Whether `by_sequence` can tell the rows of a tensor apart."""
+
+    def by_sequence(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """View a tensor `(rows, ...)`, or `(1, rows, ...)`, as `(k, R, ...)`, filled up with zeros."""
+
+    def together(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The opposite of `by_sequence`, in the shape of `like`."""
+
+
 class Sink(Protocol):
     """
     Receives sequence gradients: the current microbatch.
@@ -23,10 +42,12 @@ class Sink(Protocol):
     Attributes:
         num_sequences (`int`): k.
         num_tokens (`int` or `None`): Length T of the sequences in the model's input, where it consists of tokens.
+        rows ([`Spread`] or `None`): Where a layer runs on images, how these are spread over the sequences.
     """
 
     num_sequences: int
     num_tokens: int | None
+    rows: Spread | None
 
     def expect(self, param: nn.Parameter) -> None:
         """Announce, in the forward pass, that `receive` will be called once more for `param`."""
@@ -40,12 +61,15 @@ class Sink(Protocol):
 
 def by_sequence(sink: Sink, tensor: torch.Tensor, name: str) -> torch.Tensor:
     """
-    View a layer's input or gradient, which may come as `(k * T, ...)`, as `(k, ...)`.
+    View a layer's input or gradient, which may come as `(k * T, ...)`, as `(k, ...)`; that of a layer on images as
+    `(k, R, ...)`, with zeros where a sequence has fewer rows than R.
 
     Raises:
         ValueError: If the tensor's shape does not tell which sequence an entry belongs to.
     """
     k, length = sink.num_sequences, sink.num_tokens
+    if sink.rows is not None:
+        return sink.rows.by_sequence(tensor, name)
     if k == 0:
         raise ValueError(
             f"`{name}` ran inside `capture()` before the model that was given to `ProjectedAccumulation` did, so that "
@@ -64,6 +88,8 @@ def by_sequence(sink: Sink, tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 def is_by_sequence(sink: Sink, tensor: torch.Tensor) -> bool:
     """Whether [`by_sequence`] can tell the sequences of a tensor apart."""
+    if sink.rows is not None:
+        return sink.rows.tells(tensor)
     return sink.num_sequences > 0 and (_is_flat(sink, tensor) or _is_split(sink, tensor))
 
 
@@ -103,6 +129,9 @@ class Layer:
         module (`nn.Module`): The module.
         param_names (`tuple[str, ...]`): Its trainable parameters: its own, `"weight"`, or also a child's,
             `"conv1d.weight"`.
+
+    Attributes:
+        on_images (`bool`): Whether the module runs on images, or on what was made of them, instead of tokens.
     """
 
     def __init__(self, name: str, module: nn.Module, param_names: tuple[str, ...]):
@@ -111,6 +140,7 @@ class Layer:
         self.param_names = param_names
         self.entered = False
         self.handles: tuple = ()
+        self.on_images = False
 
     @property
     def params(self) -> dict[str, nn.Parameter]:

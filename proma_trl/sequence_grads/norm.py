@@ -86,6 +86,7 @@ class BroadcastLayer(Layer):
         if sink.num_sequences and not is_by_sequence(sink, values):
             return None  # an error where a gradient arrives, as nothing is wrong with one that gets none
         per_sequence = by_sequence(sink, values, self.name)
+        self.like = values if sink.rows is not None else None
         self.flattened = per_sequence.dim() != values.dim()
         if args:
             args = (per_sequence, *args[1:])
@@ -102,6 +103,9 @@ class BroadcastLayer(Layer):
         self.entered = False
 
     def leave(self, sink: Sink, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+        like, self.like = self.like, None
+        if like is not None:
+            return sink.rows.together(output, like)
         return output.flatten(0, 1) if self.flattened else None
 
 

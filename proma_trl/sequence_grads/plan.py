@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from . import linear
 from .embedding import EmbeddingLayer, embedding_refusal
 from .experts import ExpertsLayer, ExpertsRule, is_experts
+from .images import modules_on_images
 from .layer import ONE_SEQUENCE, Layer
 from .norm import BroadcastLayer, broadcasts_parameters
 from .probe import children_used_directly
@@ -42,7 +43,10 @@ def plan_modules(model: nn.Module, with_parents: Collection[nn.Module] = ()) -> 
         with_parents (`Collection[nn.Module]`): Modules whose parents run again in their place.
     """
     planned: list[Planned] = []
-    foreign = _foreign_modules(model)
+    images = modules_on_images(model)
+    foreign = _foreign_modules(model) | {module: why for module, why in images.items() if why is not None}
+    # Their tables are looked up once for all images, of which there are as many as their parents are given
+    with_parents = {*with_parents, *(module for module in images if isinstance(module, nn.Embedding))}
     covered: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in covered:
@@ -50,7 +54,9 @@ def plan_modules(model: nn.Module, with_parents: Collection[nn.Module] = ()) -> 
         names, children = _trainable(module), _covered_children(module, with_parents)
         if not (names or children):
             continue
-        layer = foreign.get(module) or _layer_for(name, module, names, children)
+        layer = foreign.get(module) or _layer_for(name, module, names, children, with_parents)
+        if isinstance(layer, Layer):
+            layer.on_images = module in images
         if isinstance(layer, RerunLayer):
             covered.update(child for _, child in children)
             covered.update(inner for _, inner in _wrappers(module))
@@ -100,7 +106,8 @@ def plan_linear_layers(model: nn.Module, head: bool) -> list[Layer]:
         model (`nn.Module`): The model.
         head (`bool`): Whether the LM head is among them.
     """
-    foreign, excluded = _foreign_modules(model), set() if head else set(head_weights(model))
+    foreign = {*_foreign_modules(model), *modules_on_images(model)}
+    excluded = set() if head else set(head_weights(model))
     layers: list[Layer] = []
     embeddings: dict[nn.Parameter, list[tuple[str, nn.Embedding]]] = {}
     for name, module in model.named_modules():
@@ -133,19 +140,8 @@ def head_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _foreign_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """
-    Modules of a model whose inputs are not one entry a sequence, or whose parameters other modules multiply, and why:
-    all that a multimodal model has outside its text decoder, and what PEFT's `ParamWrapper` holds.
-    """
+    """Modules whose parameters others multiply, and why: what PEFT's `ParamWrapper` holds."""
     found: dict[nn.Module, str] = {}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(base, "config", None)
-    if isinstance(base, PreTrainedModel) and config.get_text_config(decoder=True) is not config:
-        text = {*base.get_decoder().modules()}
-        for embedding in (base.get_output_embeddings(), base.get_input_embeddings()):
-            text.update(() if embedding is None else embedding.modules())
-        why = "runs outside the text decoder, so that it isn't known which sequence an image (or its patch) belongs to"
-        found |= {module: why for module in base.modules() if module not in text}
     for wrapper in model.modules():
         if _is_param_wrapper(wrapper):
             why = f"PEFT's `ParamWrapper` multiplies its weights to change `{wrapper.parameter_name}`"
@@ -155,7 +151,11 @@ def _foreign_modules(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _layer_for(
-    name: str, module: nn.Module, names: tuple[str, ...], children: list[tuple[str, nn.Module]]
+    name: str,
+    module: nn.Module,
+    names: tuple[str, ...],
+    children: list[tuple[str, nn.Module]],
+    with_parents: Collection[nn.Module],
 ) -> Layer | str:
     """
     How a module with the trainable parameters `names` is followed, together with some of its children, or why it can't
@@ -174,7 +174,7 @@ def _layer_for(
             return BroadcastLayer(name, module, names)
         if is_experts(module):
             return ExpertsRule(name, module, names)
-    if _is_large(module):
+    if _is_large(module, with_parents):
         return f"holds {', '.join(f'`{n}`' for n in names)} and has no rule"
     theirs = (f"{child_name}.{own}" for child_name, child in children for own in _trainable(child))
     return RerunLayer(name, module, (*names, *theirs))
@@ -187,7 +187,11 @@ def _covered_children(module: nn.Module, with_parents: Collection[nn.Module]) ->
     have neither a rule nor children.
     """
     # Lists of modules never run
-    if not any(module.children()) or isinstance(module, (nn.ModuleList, nn.ModuleDict)) or _is_large(module):
+    if (
+        not any(module.children())
+        or isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        or _is_large(module, with_parents)
+    ):
         return []
     if _is_param_wrapper(module):
         # What one of them does to a parameter is undone where the next one inside runs by itself
@@ -225,9 +229,12 @@ def _wrappers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         prefix, module = f"{prefix}base_layer.", module.base_layer
 
 
-def _is_large(module: nn.Module) -> bool:
+def _is_large(module: nn.Module, with_parents: Collection[nn.Module]) -> bool:
     """Whether a module is a model, or a good part of one, which would be too much to run again."""
-    return any(isinstance(part, (PreTrainedModel, nn.Embedding)) for part in module.modules())
+    return any(
+        isinstance(part, PreTrainedModel) or (isinstance(part, nn.Embedding) and part not in with_parents)
+        for part in module.modules()
+    )
 
 
 def _has_no_rule(module: nn.Module) -> bool:

@@ -18,12 +18,13 @@ from torch.utils import _pytree as pytree
 from transformers import Cache
 
 from .forms import Dense, SequenceGrads
-from .layer import ONE_SEQUENCE, Layer, Sink, alias, autocast_dtype, output_tolerance
+from .layer import ONE_SEQUENCE, Layer, Sink, Spread, alias, autocast_dtype, output_tolerance
 from .probe import random_numbers_kept
 
 # Where a tensor has the sequences: nowhere; in its leading dimension, there alone, together with the tokens, or with
-# something else, such as heads; or in its second dimension, before that of the tokens
-_WHOLE, _SPLIT, _FLAT, _BLOCKS, _SECOND = "whole", "split", "flat", "blocks", "second"
+# something else, such as heads; in its second dimension, before that of the tokens; or, of layers on images, in its
+# leading dimension, as images are spread over them
+_WHOLE, _SPLIT, _FLAT, _BLOCKS, _SECOND, _IMAGES = "whole", "split", "flat", "blocks", "second", "images"
 
 
 class RerunRefused(RuntimeError):
@@ -58,6 +59,7 @@ class _Call:
         structure: What makes arguments of the flat list again.
         num_sequences (`int`), num_tokens (`int` or `None`): k and T.
         autocast (`torch.dtype` or `None`): What autocast cast to.
+        rows ([`Spread`] or `None`): Where the module runs on images, how these are spread over the sequences.
         random (`list` or `None`): The states of random number generators, if it drew from them.
         expected (`list` or `None`): Its outputs, for a check.
     """
@@ -68,6 +70,7 @@ class _Call:
     num_sequences: int
     num_tokens: int | None
     autocast: torch.dtype | None
+    rows: Spread | None
     random: list[torch.Tensor] | None
     expected: list[torch.Tensor] | None = None
 
@@ -80,6 +83,8 @@ class _Call:
 
     def layout(self, tensor: torch.Tensor) -> str:
         """Where a tensor seems to have the sequences."""
+        if self.rows is not None:
+            return _WHOLE if self.rows.counts(tensor) is None else _IMAGES
         k, length, rows = self.num_sequences, self.num_tokens, tensor.shape[0] if tensor.dim() else 0
         if length is not None and rows == k * length and (k > 1 or tensor.dim() == 2):
             return _FLAT
@@ -97,12 +102,17 @@ class _Call:
             return tensor
         if layout == _SECOND:
             return tensor[:, i : i + 1]
+        if layout == _IMAGES:
+            counts = self.rows.counts(tensor)
+            return tensor[sum(counts[:i]) : sum(counts[: i + 1])]
         length = tensor.shape[0] // self.num_sequences
         return tensor[i * length : (i + 1) * length]
 
     def fits(self, tensor: torch.Tensor, layout: str) -> bool:
         """Whether a tensor can have the sequences there."""
         k = self.num_sequences
+        if layout == _IMAGES:
+            return self.rows.counts(tensor) is not None
         if layout == _SECOND:
             return tensor.dim() > 1 and tensor.shape[1] == k
         rows = {_SPLIT: k, _FLAT: k * (self.num_tokens or 1)}
@@ -157,6 +167,7 @@ class RerunLayer(Layer):
             sink.num_sequences,
             sink.num_tokens,
             autocast_dtype(self._device),
+            sink.rows,
             before if drew else None,
         )
         outputs, output_structure = pytree.tree_flatten(output)
@@ -215,6 +226,9 @@ class RerunLayer(Layer):
         self._refuse_unknown(call, [*tensors, *grad_outputs], [*layouts, *outer])
         self._refuse_whole(grad_outputs, outer)
         for i in range(call.num_sequences):
+            if call.rows is not None and not call.rows.has(i):
+                yield (None,) * len(copies)
+                continue
             parts = [call.part(x, layout, i) for x, layout in zip(tensors, layouts, strict=True)]
             outputs = self._run(call, parts) if call.expected is None else self._tried(call, parts, outer, i)
             yield _vjp(
@@ -257,6 +271,9 @@ class RerunLayer(Layer):
 
     def _refuse_unknown(self, call: _Call, tensors: Sequence[torch.Tensor | None], layouts: Sequence[str]) -> None:
         for tensor, layout in zip(tensors, layouts, strict=True):
+            if call.rows is not None and tensor is not None and tensor.dim() and layout == _WHOLE:
+                # It may be of single images, and their sizes in another microbatch different
+                raise self._refusal(f"it is unknown which images a tensor of shape {tuple(tensor.shape)} belongs to")
             if tensor is not None and not call.fits(tensor, layout):
                 raise self._refusal(
                     f"where they were first is not where they can be in a tensor of shape {tuple(tensor.shape)}"

@@ -9,8 +9,6 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
 )
 
 SIZES = {
@@ -105,12 +103,6 @@ def tiny_mixture(model_type: str) -> torch.nn.Module:
     experts = {"num_local_experts": 4} if model_type == "gpt_oss" else {"num_experts": 4}
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **experts))
-
-
-def tiny_qwen_vl() -> torch.nn.Module:
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
-    torch.manual_seed(0)
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=SIZES, vision_config=vision))
 
 
 class Shared(nn.Module):
