@@ -51,7 +51,7 @@ class StepRecorder(TrainerCallback):
         original = trainer._compute_loss
 
         def compute_loss(model, inputs):
-            self.microbatches.append({name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)})
+            self.microbatches.append({name: x for name, x in inputs.items() if isinstance(x, (torch.Tensor, list))})
             return original(model, inputs)
 
         trainer._compute_loss = compute_loss
@@ -59,7 +59,8 @@ class StepRecorder(TrainerCallback):
         return trainer
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trained.items()}
         self.steps.append((copy.deepcopy(model.state_dict()), gradients, self.microbatches))
         self.microbatches = []
 

@@ -104,7 +104,9 @@ def settings_of(family: str) -> dict:
     return dict(IMAGES[family][1] if family in IMAGES else ROWS[family])
 
 
-def tiny_vlm(family: str, own: dict | None = None, seed: int = 0) -> torch.nn.Module:
+def tiny_vlm(
+    family: str, own: dict | None = None, seed: int = 0, token: int = PLACEHOLDER, attention="eager"
+) -> torch.nn.Module:
     """A model of a family, without dropout, all parameters moved away from their symmetric values."""
     own = settings_of(family) if own is None else dict(own)
     known = AutoConfig.for_model(family)
@@ -113,9 +115,9 @@ def tiny_vlm(family: str, own: dict | None = None, seed: int = 0) -> torch.nn.Mo
         own["text_config"] = {**TEXT, "rope_parameters": rope, **own.get("text_config", {})}
     key = "image_token_index" if "image_token_index" in type(known).attribute_map.values() else "image_token_id"
     extra = {name: 96 - i for i, name in enumerate(("video_token_id", "vision_start_token_id", "vision_end_token_id"))}
-    config = AutoConfig.for_model(family, **own, **{key: PLACEHOLDER}, **(extra if family in (*ROWS, "glm4v") else {}))
+    config = AutoConfig.for_model(family, **own, **{key: token}, **(extra if family in (*ROWS, "glm4v") else {}))
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
     if "moe" in family:
         model.set_experts_implementation("eager")
     with torch.no_grad():
