@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import linear
+from . import convolution, linear  # noqa: F401 (each registers its rules)
 from .embedding import EmbeddingLayer, embedding_refusal
 from .experts import ExpertsLayer, ExpertsRule, is_experts
 from .images import modules_on_images

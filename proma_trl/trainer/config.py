@@ -142,6 +142,9 @@ class PROMAConfig(GRPOConfig):
             whatever the sign of the advantage.
         ratio_cap (`float`, *optional*):
             Largest importance ratio with a trust region; a capped token keeps its gradient. `None`: no cap.
+        adapter_dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            What the adapters of a model that is quantized to 4 or 8 bits are trained in (QLoRA). `"bfloat16"`, as in
+            TRL; or `"float32"`, in which no small update is lost to rounding.
     """
 
     # What messages call the method
@@ -286,6 +289,13 @@ class PROMAConfig(GRPOConfig):
             "help": "Largest importance ratio with a trust region; a capped token keeps its gradient. `None`: no cap."
         },
     )
+    adapter_dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "help": "What the adapters of a quantized model are trained in: `'bfloat16'`, as in TRL, or `'float32'`.",
+            "choices": ["bfloat16", "float32"],
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.projection_bound, float) and self.projection_bound == math.inf:
@@ -298,7 +308,7 @@ class PROMAConfig(GRPOConfig):
         self._refuse_unused()
 
     def _check_projection(self) -> None:
-        for name in ("projection", "projection_scope", "projection_accumulator_dtype", "isopo"):
+        for name in ("projection", "projection_scope", "projection_accumulator_dtype", "isopo", "adapter_dtype"):
             check_choice(name, getattr(self, name), self.__dataclass_fields__[name].metadata["choices"])
         self.projection_sweeps = check_whole(
             "projection_sweeps", self.projection_sweeps, 'To remove nothing, set `projection="none"`.'

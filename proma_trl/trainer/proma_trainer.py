@@ -26,7 +26,7 @@ from .fused_head import sequence_head
 from .model_card import ModelCardMixin
 from .sampler_log_probs import sampler_log_probs
 from .sampling import check_server, check_server_log_probs
-from .setup_checks import check_ranks_agree, check_setup, settings_without_effect
+from .setup_checks import check_ranks_agree, check_setup, is_quantized, settings_without_effect
 from .token_trust_region import ON_CPU, TokenTrustRegion
 from .trl_internals import SCORING, check_trl, recorded, replaced
 
@@ -135,6 +135,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         papers = list({paper["id"]: paper for method in acting for paper in method.papers}.values())
         self._paper, self._card_papers = papers[0] if papers else {}, tuple(papers[1:])
         self._card_settings = args.rule_settings()
+        adapters = _adapters_in_float32(model) if args.adapter_dtype == "float32" else {}
         super().__init__(
             model,
             reward_funcs,
@@ -151,6 +152,8 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             rollout_func,
             environment_factory,
         )
+        if args.adapter_dtype == "float32" and is_quantized(self.model):
+            _keep_in_float32(self.model, adapters)
         if self.aux_loss_enabled:
             raise ValueError(
                 "The model's configuration declares a load-balancing loss (`router_aux_loss_coef`), which is not a "
@@ -509,3 +512,16 @@ def _refuse_token_advantages(advantages: torch.Tensor) -> None:
             "no sum of multiples of the sequences' log-probability gradients, and PROMA can't project it. Give one "
             "advantage a sequence, or use `GRPOTrainer`."
         )
+
+
+def _adapters_in_float32(model: str | torch.nn.Module) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """The adapters that a model comes with, which TRL is about to cast to bfloat16 if the model is quantized."""
+    params = model.parameters() if isinstance(model, torch.nn.Module) and is_quantized(model) else ()
+    return {param: param.data for param in params if param.requires_grad and param.dtype == torch.float32}
+
+
+def _keep_in_float32(model: torch.nn.Module, adapters: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+    """Undo TRL's cast of adapters: those in `adapters` get back what they were, new ones were random or zero."""
+    for param in model.parameters():
+        if param.requires_grad:
+            param.data = adapters.get(param, param.data).float()

@@ -5,6 +5,7 @@ from itertools import zip_longest
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, gather_object
+from peft import PeftModel
 from torch import nn
 
 from ..backends import is_deepspeed
@@ -30,6 +31,11 @@ def settings_without_effect(args: PROMAConfig, accelerator: Accelerator, model: 
         )
     elif intra.removes and not intra.head and not any(weight.requires_grad for weight in head_weights(model)):
         messages.append("`intra_head=False` has no effect: the LM head is not trained.")
+    if args.adapter_dtype == "float32" and not (is_quantized(model) and has_adapters(model)):
+        messages.append(
+            '`adapter_dtype="float32"` has no effect: it is for the adapters of a model that is quantized to 4 or 8 '
+            "bits. Other parameters keep the dtype in which they were loaded."
+        )
     needs_accumulated = rule.needs_accumulated or (intra.removes and intra.target == "accumulated")
     if rule.is_plain and not needs_accumulated:
         return messages
@@ -48,6 +54,16 @@ def settings_without_effect(args: PROMAConfig, accelerator: Accelerator, model: 
             "backend keeps them."
         )
     return messages
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether TRL takes a model for one that is quantized, and casts its adapters to bfloat16."""
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model is PEFT's, or holds adapters that PEFT has put in."""
+    return isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
 
 
 def check_setup(accelerator: Accelerator, num_gpus: int, model: nn.Module) -> None:

@@ -52,6 +52,6 @@ def test_settings_and_their_defaults():
     from proma_trl import PROMAConfig
 
     for name, default in re.findall(
-        r"^\| `((?:projection|isopo|intra|divergence|ratio)\w*)` \| `(.*?)` \|", README, re.MULTILINE
+        r"^\| `((?:projection|isopo|intra|divergence|ratio|adapter)\w*)` \| `(.*?)` \|", README, re.MULTILINE
     ):
         assert getattr(PROMAConfig, name) == eval(default), name

@@ -40,15 +40,18 @@ def accumulate(
     model: torch.nn.Module,
     microbatches: list[tuple[list[Callable], torch.Tensor]],
     weigh: Callable[[str, list[torch.Tensor], torch.Tensor], torch.Tensor] | None = None,
+    as_it_is: bool = False,
     **settings,
 ) -> dict[str, torch.Tensor]:
     """
     PROMA's accumulated gradients of a float64 copy of `model`.
 
     `microbatches` holds, for each, the k objectives (functions of the model that give a scalar) and the k advantages.
-    `weigh` returns other coefficients, `(k,)`, from a tensor's name, its flat sequence gradients and the advantages.
+    With `as_it_is`, for a model that can't be copied, the gradients of single sequences are the model's own, and all
+    that follows is in float64. `weigh` returns other coefficients, `(k,)`, from a tensor's name, its flat sequence
+    gradients and the advantages.
     """
-    model = copy.deepcopy(model).double()
+    model = model if as_it_is else copy.deepcopy(model).double()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     accumulated = {}
     for objectives, advantages in microbatches:
@@ -56,7 +59,10 @@ def accumulate(
         for objective in objectives:
             found = torch.autograd.grad(objective(model), list(params.values()), allow_unused=True)
             grads.append(
-                [torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), found, strict=True)]
+                [
+                    torch.zeros_like(p).double() if g is None else g.double()
+                    for p, g in zip(params.values(), found, strict=True)
+                ]
             )
         for index, (name, param) in enumerate(params.items()):
             sequences = [g[index].flatten() for g in grads]

@@ -77,6 +77,7 @@ REFUSED = {
     "projection_memory_budget": [0.0, -1, "1", None, True, math.inf, math.nan],
     "projection_scope": ["node", None, 1],
     "projection_accumulator_dtype": ["float16", None, torch.float32],
+    "adapter_dtype": ["float16", None, torch.float32],
     "gradient_accumulation_steps": [0, -1, "4", None, 2.5, True],
     "per_device_train_batch_size": [0, -1, "4", None, 2.5],
 }

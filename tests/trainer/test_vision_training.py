@@ -16,8 +16,9 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, Qwen2_5_VLProces
 from proma_trl import PROMATrainer
 
 TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}"
+    "{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}"
     "{% endif %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TOKENS = {"llava": "<image>", "qwen2_5_vl": "<|image_pad|>"}

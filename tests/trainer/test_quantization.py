@@ -1,0 +1,123 @@
+"""QLoRA: adapters on a model that bitsandbytes has quantized, with its build for CPUs."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from support import oracle
+from support.harness import (
+    LORA,
+    StepRecorder,
+    make_model,
+    make_trainer,
+    sequence_objective,
+)
+from support.sequences import make_batches, objectives, run
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from proma_trl import PROMA, ProjectedAccumulation
+
+pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+# Sizes that its products on a CPU can take
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make_model("llama-untied", **SIZES).save_pretrained(path)
+    return path
+
+
+def quantized(folder, **settings):
+    config = BitsAndBytesConfig(**(settings or NF4))
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+
+
+def adapted(folder, **settings):
+    torch.manual_seed(1)
+    return get_peft_model(quantized(folder, **settings), LORA)
+
+
+def gradients(model):
+    return {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["iterative", "exact"])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_adapters_on_four_bits(folder, k, method, checkpointing):
+    model, batches = adapted(folder), make_batches("llama-untied", k, count=2)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    run(ProjectedAccumulation(model, PROMA(method=method), microbatch_size=k), batches)
+    found = gradients(model)
+
+    def one(ids, mask, weights, i):
+        return lambda m: objectives(m, ids[i : i + 1], mask[i : i + 1], weights[i : i + 1])[0]
+
+    microbatches = [([one(*batch[:3], i) for i in range(k)], batch[3]) for batch in batches]
+    oracle.assert_close(found, oracle.accumulate(model, microbatches, as_it_is=True, method=method))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_training(folder, dtype, tmp_path):
+    """What reaches the optimizer, the adapters' dtype, and that nothing else is trained."""
+    recorder = StepRecorder()
+    trainer = make_trainer_on(folder, tmp_path, peft_config=LORA, adapter_dtype=dtype, max_steps=2)
+    recorder.follow(trainer)
+    before = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
+    trainer.train()
+    for name, param in trainer.model.named_parameters():
+        assert param.requires_grad == ("lora_" in name)
+        if param.requires_grad:
+            assert param.dtype == getattr(torch, dtype) and not torch.equal(param, before[name])
+    if dtype == "float32":
+        weights, found, microbatches = recorder.steps[1]
+        trainer.accumulation.detach()
+        with torch.no_grad():
+            for name, param in trainer.model.named_parameters():
+                if param.requires_grad:
+                    param.copy_(weights[name])
+        sets = [
+            ([sequence_objective(trainer, m, i, len(microbatches)) for i in range(4)], m["advantages"])
+            for m in microbatches
+        ]
+        oracle.assert_close(found, oracle.accumulate(trainer.model, sets, as_it_is=True))
+
+
+def make_trainer_on(folder, output_dir, model=None, **kwargs):
+    model = quantized(folder) if model is None else model
+    return make_trainer(output_dir, model, max_grad_norm=0.0, **kwargs)
+
+
+def test_loaded_adapters_keep_every_bit(folder, tmp_path):
+    model = adapted(folder)
+    before = copy.deepcopy({name: p.data for name, p in model.named_parameters() if p.requires_grad})
+    trainer = make_trainer_on(folder, tmp_path, model, adapter_dtype="float32")
+    after = {name: p.data for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(x, x.bfloat16().float()) for x in after.values())
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA])
+def test_no_effect_without_quantization(peft_config, tmp_path):
+    with pytest.warns(UserWarning, match='`adapter_dtype="float32"` has no effect'):
+        make_trainer(tmp_path, peft_config=peft_config, adapter_dtype="float32")
+
+
+def test_eight_bits(folder):
+    """Its products are in half precision, and depend on the whole microbatch's inputs."""
+    model, batches = adapted(folder, load_in_8bit=True), make_batches("llama-untied", 3, count=1)
+    model.train()
+    run(ProjectedAccumulation(model, microbatch_size=3), batches)
+    found = gradients(model)
+    model.zero_grad()
+    ids, mask, weights, advantages = batches[0]
+    (objectives(model, ids, mask, weights) * advantages).sum().backward()
+    oracle.assert_close(found, gradients(model))
