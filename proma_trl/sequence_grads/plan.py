@@ -16,6 +16,7 @@ from .norm import BroadcastLayer, broadcasts_parameters
 from .probe import children_used_directly
 from .registry import RuleLayer, rule_for
 from .rerun import RerunLayer
+from .trainable_tokens import TrainableTokensRule, is_trainable_tokens
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def plan_modules(model: nn.Module, with_parents: Collection[nn.Module] = ()) -> 
         layer = foreign.get(module) or _layer_for(name, module, names, children, with_parents)
         if isinstance(layer, Layer):
             layer.on_images = module in images
-        if isinstance(layer, RerunLayer):
+        if isinstance(layer, (RerunLayer, TrainableTokensRule)):
             covered.update(child for _, child in children)
             covered.update(inner for _, inner in _wrappers(module))
             covered.update(child for child in module.children() if child in with_parents)
@@ -174,9 +175,11 @@ def _layer_for(
             return BroadcastLayer(name, module, names)
         if is_experts(module):
             return ExpertsRule(name, module, names)
+    theirs = tuple(f"{child_name}.{own}" for child_name, child in children for own in _trainable(child))
+    if is_trainable_tokens(module):
+        return TrainableTokensRule(name, module, (*names, *theirs))
     if _is_large(module, with_parents):
         return f"holds {', '.join(f'`{n}`' for n in names)} and has no rule"
-    theirs = (f"{child_name}.{own}" for child_name, child in children for own in _trainable(child))
     return RerunLayer(name, module, (*names, *theirs))
 
 
@@ -193,11 +196,11 @@ def _covered_children(module: nn.Module, with_parents: Collection[nn.Module]) ->
         or _is_large(module, with_parents)
     ):
         return []
-    if _is_param_wrapper(module):
+    if _is_param_wrapper(module) or _adapts_embedding(module):
         # What one of them does to a parameter is undone where the next one inside runs by itself
         return [
-            (f"{prefix}{name}.{path}", adapter)
-            for prefix, wrapper in _wrappers(module)
+            (f"{prefix}{name}.{path}".rstrip("."), adapter)
+            for prefix, wrapper in (_wrappers(module) if _is_param_wrapper(module) else [("", module)])
             for name in wrapper.adapter_layer_names
             for path, adapter in getattr(wrapper, name).named_modules()
             if _trainable(adapter)
@@ -221,6 +224,13 @@ def _is_param_wrapper(module: nn.Module) -> bool:
     return peft_layers is not None and isinstance(module, peft_layers.ParamWrapper)
 
 
+def _adapts_embedding(module: nn.Module) -> bool:
+    """Whether a module is PEFT's, around an embedding."""
+    peft_layers = sys.modules.get("peft.tuners.tuners_utils")
+    is_adapted = peft_layers is not None and isinstance(module, peft_layers.BaseTunerLayer)
+    return is_adapted and isinstance(module.get_base_layer(), nn.Embedding)
+
+
 def _wrappers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """A wrapper and those directly inside, with what leads to them."""
     prefix = ""
@@ -231,6 +241,8 @@ def _wrappers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_large(module: nn.Module, with_parents: Collection[nn.Module]) -> bool:
     """Whether a module is a model, or a good part of one, which would be too much to run again."""
+    if _adapts_embedding(module):
+        return False
     return any(
         isinstance(part, PreTrainedModel) or (isinstance(part, nn.Embedding) and part not in with_parents)
         for part in module.modules()

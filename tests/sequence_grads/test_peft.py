@@ -1,0 +1,53 @@
+"""PEFT's adapters of other kinds than LoRA on linear layers."""
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
+from support import oracle
+from support.models import tiny_model
+from support.sequences import accumulate, expected, make_batches
+
+from proma_trl import PROMA
+
+LAYERS = ["q_proj", "down_proj"]
+KINDS = {
+    "embedding": LoraConfig(target_modules=["embed_tokens", *LAYERS]),
+    "DoRA": LoraConfig(target_modules=LAYERS, use_dora=True),
+    "DoRA on an embedding": LoraConfig(target_modules=["embed_tokens", "q_proj"], use_dora=True),
+    "tokens": LoraConfig(target_modules=LAYERS, trainable_token_indices=[5, 7, 11]),
+    "a whole layer": LoraConfig(target_modules=LAYERS, modules_to_save=["embed_tokens"]),
+    "a whole head": LoraConfig(target_modules=LAYERS, modules_to_save=["lm_head"]),
+    "rsLoRA": LoraConfig(target_modules=LAYERS, use_rslora=True),
+    "biases": LoraConfig(target_modules=LAYERS, bias="lora_only", lora_bias=True),
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "VeRA": VeraConfig(target_modules=["q_proj", "o_proj"], r=4),
+}
+TIED = {"embedding", "DoRA", "tokens", "biases"}
+
+
+def adapted(kind, architecture):
+    torch.manual_seed(1)
+    config = KINDS[kind]
+    if isinstance(config, LoraConfig):
+        config.r, config.init_lora_weights = 4, "gaussian"
+    model = get_peft_model(tiny_model(architecture), config)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.requires_grad:
+                param.add_(0.1 * torch.randn_like(param))
+    return model
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize(
+    "kind,architecture",
+    [(kind, "llama-untied") for kind in KINDS] + [(kind, "qwen3-tied") for kind in KINDS if kind in TIED],
+)
+def test_gradients(kind, architecture, k):
+    model, batches = adapted(kind, architecture), make_batches(architecture, k, count=2)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    for method in ("iterative", "exact"):
+        found, _ = accumulate(model, batches, PROMA(method=method))
+        oracle.assert_close(found, expected(model, batches, method=method))
