@@ -44,6 +44,19 @@ def test_families(name, k, method):
     oracle.assert_close(found, expected(model, batches, method=method), 1e-9)
 
 
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapters_of_families(name, k):
+    """On projections of attention and of mixers. PEFT refuses those that a mixer's kernel may use itself."""
+    torch.manual_seed(0)
+    targets = ["q_proj", "v_proj", "o_proj", "in_proj", "in_proj_qkvz"]
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_causal_lm(name, dtype=torch.float64), config, autocast_adapter_dtype=False)
+    batches = make_batches("gemma2-softcap", k, count=2)
+    found, _ = accumulate(model, batches)
+    oracle.assert_close(found, expected(model, batches), 1e-9)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "GptOssForCausalLM", "FalconH1ForCausalLM"])
 def test_checkpointing_changes_nothing(name, use_reentrant):
