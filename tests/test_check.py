@@ -23,17 +23,19 @@ def test_a_model_whose_layers_all_have_rules():
 
 
 def test_a_mixture():
-    model = tiny_mixture("qwen3_moe")
+    model = tiny_mixture("gpt_oss")
     report = check(model)
-    assert ways(report)[RERUN] == {"Qwen3MoeTopKRouter": 1} and report.trains
-    assert ways(report)[RULE]["Qwen3MoeExperts"] == 1
+    assert ways(report)[RERUN] == {"GptOssAttention": 1} and report.trains
+    assert ways(report)[RULE]["GptOssExperts"] == ways(report)[RULE]["GptOssTopKRouter"] == 1
     accumulation = ProjectedAccumulation(model, microbatch_size=8)
     assert sum(ways(report)[RERUN].values()) == len(accumulation.rerun_names())
     # Of four experts, a token meets two
-    experts, router, total = 4 * 32 * (32 + 16), 4 * 32, sum(p.numel() for p in model.parameters())
-    assert report.largest_rerun == ("model.layers.0.mlp.gate.weight", router)
-    assert report.rerun_share == pytest.approx(router / (total - experts / 2))
-    assert f"memory for 8 gradients of one tensor at a time: {8 * router * 4 / 2**30:.2f} GiB" in str(report)
+    layer, total = model.model.layers[0], sum(p.numel() for p in model.parameters())
+    sinks, attention = 4, sum(p.numel() for p in layer.self_attn.parameters())
+    experts = sum(p.numel() for p in layer.mlp.experts.parameters())
+    assert report.largest_rerun == ("model.layers.0.self_attn.sinks", sinks)
+    assert report.rerun_share == pytest.approx(attention / (total - experts / 2))
+    assert f"memory for 8 gradients of one tensor at a time: {8 * sinks * 4 / 2**30:.2f} GiB" in str(report)
 
 
 def refused():
@@ -64,7 +66,7 @@ def test_the_command(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "(GptOssForCausalLM)" in run.stdout and "by running again" in run.stdout
-    assert "1 GptOssAttention, 1 GptOssTopKRouter" in run.stdout
+    assert "by running again, 0.0% of these parameters: 1 GptOssAttention" in run.stdout
     assert "It trains with 4 sequences a microbatch." in run.stdout
 
 

@@ -382,7 +382,7 @@ class ProjectedAccumulation:
         """Names of the linear layers' weights that Intra-PROMA leaves alone."""
         if self.intra is None:
             return frozenset()
-        weights = self._hooks.on_images() + ([] if self.intra.head else head_weights(self.model))
+        weights = self._hooks.left_by_intra() + ([] if self.intra.head else head_weights(self.model))
         owners = {self._backend.owner(weight) for weight in weights}
         return frozenset(name for param, name in self._names().items() if param in owners)
 

@@ -15,6 +15,7 @@ from ..backends import Backend
 from ..sequence_grads.images import placeholder
 from ..sequence_grads.layer import Layer, Sink
 from ..sequence_grads.probe import runs_as
+from ..sequence_grads.product import ProductLayer
 from ..sequence_grads.rerun import RerunLayer
 from ..torch_internals import are_innermost
 from .microbatch import Microbatch, Phase
@@ -79,9 +80,10 @@ class ModelHooks:
         """The modules that run again in the backward pass."""
         return [layer for layer in self._layers if isinstance(layer, RerunLayer)]
 
-    def on_images(self) -> list[nn.Parameter]:
-        """The parameters of layers that run on images."""
-        return [param for layer in self._layers if layer.on_images for param in layer.params.values()]
+    def left_by_intra(self) -> list[nn.Parameter]:
+        """The parameters of layers that multiply by a matrix and are not among those that Intra-PROMA projects."""
+        layers = [layer for layer in self._layers if layer.on_images or isinstance(layer, ProductLayer)]
+        return [param for layer in layers for param in layer.params.values()]
 
     def follows_module(self, module: nn.Module) -> bool:
         """Whether a module is followed by itself."""
@@ -181,4 +183,12 @@ class ModelHooks:
 
 
 def _sink(microbatch: Microbatch, layer: Layer) -> Sink:
-    return microbatch.images if layer.on_images else microbatch
+    """What a layer reports to."""
+    if not layer.on_images:
+        return microbatch
+    if microbatch.images is None:
+        raise ValueError(
+            f"`{layer.name}` ran inside `capture()` before the model that was given to `ProjectedAccumulation` did, "
+            "so that it is unknown whose images it ran on. Call it outside, or within the model's forward pass."
+        )
+    return microbatch.images

@@ -14,6 +14,7 @@ from .images import modules_on_images
 from .layer import ONE_SEQUENCE, Layer
 from .norm import BroadcastLayer, broadcasts_parameters
 from .probe import children_used_directly
+from .product import ProductLayer, multiplies_once
 from .registry import RuleLayer, rule_for
 from .rerun import RerunLayer
 from .trainable_tokens import TrainableTokensRule, is_trainable_tokens
@@ -175,6 +176,8 @@ def _layer_for(
             return BroadcastLayer(name, module, names)
         if is_experts(module):
             return ExpertsRule(name, module, names)
+        if multiplies_once(module):
+            return ProductLayer(name, module, names)
     theirs = tuple(f"{child_name}.{own}" for child_name, child in children for own in _trainable(child))
     if is_trainable_tokens(module):
         return TrainableTokensRule(name, module, (*names, *theirs))
@@ -250,7 +253,8 @@ def _is_large(module: nn.Module, with_parents: Collection[nn.Module]) -> bool:
 
 
 def _has_no_rule(module: nn.Module) -> bool:
-    return rule_for(module) is None and not broadcasts_parameters(module) and not is_experts(module)
+    has_rule = rule_for(module) is not None or broadcasts_parameters(module)
+    return not (has_rule or is_experts(module) or multiplies_once(module))
 
 
 def _trainable(module: nn.Module) -> tuple[str, ...]:

@@ -80,6 +80,11 @@ def probe(module: nn.Module) -> nn.Module:
     if "forward" in copy.__dict__:
         copy.forward = runs_as(module).__get__(copy)
     copy.training = False
+    # Buffers that hold no numbers yet, as a model on the meta device has them
+    copy._buffers = {
+        name: torch.zeros(buffer.shape, dtype=buffer.dtype) if buffer is not None and buffer.is_meta else buffer
+        for name, buffer in module._buffers.items()
+    }
     return copy
 
 

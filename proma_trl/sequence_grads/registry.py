@@ -116,8 +116,8 @@ class RuleLayer(Layer):
         if not isinstance(output, torch.Tensor):
             raise TypeError(f"`{self.name}` has a rule, so its output must be one tensor, got {type(output)}.")
         inputs = [x.detach() for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        inputs = [_as_multiplied(sink, x, output) for x in inputs]
-        return _RuleOutput.apply(output, self, sink, len(inputs), *inputs, *self.params.values())
+        inputs = [as_multiplied(sink, x, output) for x in inputs]
+        return rule_output(self, sink, output, inputs)
 
     def grads(
         self,
@@ -150,6 +150,11 @@ class RuleLayer(Layer):
         return grads
 
 
+def rule_output(layer: RuleLayer, sink: Sink, output: torch.Tensor, inputs: list[torch.Tensor]) -> torch.Tensor:
+    """`output`, behind which a node forms the gradients of a layer's parameters, from detached `inputs`."""
+    return _RuleOutput.apply(output, layer, sink, len(inputs), *inputs, *layer.params.values())
+
+
 class _RuleOutput(torch.autograd.Function):
     """Passes a layer's output on; backward, hands its parameters' sequence gradients over."""
 
@@ -168,7 +173,7 @@ class _RuleOutput(torch.autograd.Function):
         return grad_output, None, None, None, *([None] * ctx.num_inputs), *emissions
 
 
-def _as_multiplied(sink: Sink, tensor: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+def as_multiplied(sink: Sink, tensor: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """An input as autocast cast it for the layer's product: half the memory, and on CUDA its fast products."""
     lower = tensor.dtype == torch.float32 and output.dtype in (torch.bfloat16, torch.float16)
     return sink.cast(tensor, output.dtype) if lower else tensor

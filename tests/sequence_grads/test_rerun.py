@@ -41,7 +41,9 @@ def test_families(name, k, method):
         pytest.skip("its recurrence is in float32: the rank of eight gradients of four numbers is one of rounding")
     model, batches = tiny_causal_lm(name, dtype=torch.float64), make_batches("gemma2-softcap", k, count=2)
     found, _ = accumulate(model, batches, ProjectionSettings(method=method))
-    oracle.assert_close(found, expected(model, batches, method=method), 1e-9)
+    # DeepSeek's router multiplies in single precision in any model
+    tolerance = 1e-7 if name == "DeepseekV3ForCausalLM" else 1e-9
+    oracle.assert_close(found, expected(model, batches, method=method), tolerance)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])

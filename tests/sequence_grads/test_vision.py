@@ -127,6 +127,8 @@ def test_inputs_that_do_not_tell_whose_images_they_are():
     videos = {"pixel_values_videos": inputs["pixel_values"], "video_grid_thw": inputs["image_grid_thw"]}
     with accumulation.capture(), pytest.raises(ValueError, match="images alone, and no videos"):
         model(input_ids=inputs["input_ids"], **videos)
+    with accumulation.capture(), pytest.raises(ValueError, match=r"`model.visual.* ran inside `capture\(\)` before"):
+        model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
     hidden = model.get_input_embeddings()(inputs["input_ids"])
     with accumulation.capture(), pytest.raises(ValueError, match="known from token ids"):
         model(inputs_embeds=hidden, pixel_values=inputs["pixel_values"])

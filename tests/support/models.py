@@ -48,7 +48,7 @@ ARCHITECTURES = {
     "smollm3": {"model_type": "smollm3"},
 }
 
-# With modules that have no rule: experts and routers, a mixer that uses its convolution's parameters itself
+# Mixtures, and modules without a rule: attention with sinks, a mixer that uses its convolution's parameters itself
 WITHOUT_RULES = {
     "qwen3-moe": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     | {"router_aux_loss_coef": 0.0},
