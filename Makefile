@@ -14,12 +14,17 @@ WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install test test-slow test-vllm lint format demo figure2 clean
+# Lies over the environment: bitsandbytes alone
+QUANTIZATION ?= .venv-quantization
+QUANTIZATION_STAMP := $(QUANTIZATION)/.installed
+
+.PHONY: help install test test-slow test-vllm test-quantization lint format demo figure2 clean
 
 help:
 	@echo "make test      run the tests, in minutes (ARGS=... goes to pytest, WORKERS=... is the number of processes)"
 	@echo "make test-slow run the slow tests: many ranks, notebooks"
 	@echo "make test-vllm run the tests on vLLM's CPU build, in an environment of their own (4 GB)"
+	@echo "make test-quantization run the tests of QLoRA, with bitsandbytes' CPU build"
 	@echo "make demo      warm-start a small policy and improve it with PROMA, on CPU, in minutes (ARGS=... goes to the demo)"
 	@echo "make figure2   compare PROMA with GRPO and REINFORCE on CPU, in under 20 minutes on 2 cores (ARGS=... goes to the recipe)"
 	@echo "make lint      check style and formatting"
@@ -48,6 +53,13 @@ $(VLLM_STAMP): requirements/tested_vllm.txt pyproject.toml scripts/install_vllm.
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/engine $(ARGS)
+
+$(QUANTIZATION_STAMP): $(STAMP) requirements/tested_quantization.txt
+	$(RUN) -m pip --disable-pip-version-check install --no-deps --upgrade --target "$(QUANTIZATION)" --requirement requirements/tested_quantization.txt
+	@touch $@
+
+test-quantization: $(QUANTIZATION_STAMP)
+	PYTHONPATH="$(QUANTIZATION)" $(RUN) -m pytest tests/trainer/test_quantization.py $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

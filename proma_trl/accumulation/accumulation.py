@@ -265,7 +265,9 @@ class ProjectedAccumulation:
             with self._capture(REINFORCE()) as microbatch:
                 total = objective(torch.ones_like(weights), microbatch)
             self.loss(total, weights, value=total.detach()).backward()
-            return microbatch.precision(next(self._trainable())[1].dtype)
+            # Gradients come through frozen layers, too, which may be in half precision
+            dtypes = {param.dtype for param in self.model.parameters() if param.is_floating_point()}
+            return microbatch.precision(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
 
         while True:
             try:

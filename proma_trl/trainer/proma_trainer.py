@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import send_to_device
 from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
@@ -522,6 +523,14 @@ def _adapters_in_float32(model: str | torch.nn.Module) -> dict[torch.nn.Paramete
 
 def _keep_in_float32(model: torch.nn.Module, adapters: dict[torch.nn.Parameter, torch.Tensor]) -> None:
     """Undo TRL's cast of adapters: those in `adapters` get back what they were, new ones were random or zero."""
+    saved = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    # Copies of whole modules are run on what the base model gives them, in its dtype
+    dtypes = {
+        param: original.dtype
+        for wrapper in saved
+        for copy in wrapper.modules_to_save.values()
+        for param, original in zip(copy.parameters(), wrapper.original_module.parameters(), strict=True)
+    }
     for param in model.parameters():
         if param.requires_grad:
-            param.data = adapters.get(param, param.data).float()
+            param.data = adapters.get(param, param.data).to(dtypes.get(param, torch.float32))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from support import oracle
 from support.harness import (
     LORA,
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from proma_trl import PROMA, ProjectedAccumulation
 
-pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
+pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`: `make test-quantization`")
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
 # Sizes that its products on a CPU can take
@@ -32,9 +32,9 @@ def folder(tmp_path_factory):
     return path
 
 
-def quantized(folder, **settings):
+def quantized(folder, dtype=torch.float32, **settings):
     config = BitsAndBytesConfig(**(settings or NF4))
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
 
 
 def adapted(folder, **settings):
@@ -77,6 +77,8 @@ def test_training(folder, dtype, tmp_path):
         assert param.requires_grad == ("lora_" in name)
         if param.requires_grad:
             assert param.dtype == getattr(torch, dtype) and not torch.equal(param, before[name])
+        elif param.is_floating_point():  # a CPU's generation packs quantized ones anew
+            assert torch.equal(param, before[name]), name
     if dtype == "float32":
         weights, found, microbatches = recorder.steps[1]
         trainer.accumulation.detach()
@@ -103,6 +105,20 @@ def test_loaded_adapters_keep_every_bit(folder, tmp_path):
     after = {name: p.data for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert any(not torch.equal(x, x.bfloat16().float()) for x in after.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
+def test_a_model_loaded_in_half_precision(folder, modules_to_save, bf16, tmp_path):
+    """Adapters in float32 between layers in bfloat16. Whole layers stay in what they are given."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=modules_to_save)
+    model = quantized(folder, torch.bfloat16, **{**NF4, "bnb_4bit_compute_dtype": torch.bfloat16})
+    settings = {"peft_config": config, "adapter_dtype": "float32", "bf16": bf16}
+    trainer = make_trainer_on(folder, tmp_path, model, **settings)
+    trainer.train()
+    dtypes = {name.split(".")[-3]: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert dtypes.pop("lora_A") == dtypes.pop("lora_B") == torch.float32
+    assert set(dtypes.values()) <= {torch.bfloat16} and bool(dtypes) == bool(modules_to_save)
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA])

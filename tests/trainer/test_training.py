@@ -8,8 +8,10 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from support import oracle
 from support.harness import (
+    LORA,
     TOKENIZER,
     GradientRecorder,
     definition,
@@ -143,3 +145,12 @@ def test_metrics_are_json(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.train()
     json.dumps(trainer.state.log_history, allow_nan=False)
+
+
+def test_adapters_in_float32_on_a_frozen_model_in_bfloat16(tmp_path):
+    """The first microbatch's check allows for the rounding of layers that are not trained."""
+    model = get_peft_model(make_model("llama-untied", dtype=torch.bfloat16), LORA)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    trainer = make_trainer(tmp_path, model)
+    trainer.train()
+    assert trainer.state.log_history[0]["projection/norm_ratio"] > 0
