@@ -83,7 +83,10 @@ def multiplies_once(module: nn.Module) -> bool:
         others = torch.autograd.grad(sum(made), trained, allow_unused=True)
     except Exception:  # a trial: a module that can't take this input is one that this is not for
         return False
-    return len(uses) == 1 and uses[0] == (6, getattr(module, "bias", None)) and all(grad is None for grad in others)
+    if len(uses) != 1 or any(grad is not None for grad in others):
+        return False
+    (rows, bias), own = uses[0], getattr(module, "bias", None)
+    return rows == 6 and bias is own  # a bias that is cast or scaled first has another gradient
 
 
 class ProductLayer(RuleLayer):
@@ -94,7 +97,8 @@ class ProductLayer(RuleLayer):
 
     def enter(self, sink: Sink, args: tuple, kwargs: dict) -> None:
         self.entered = True
-        self.mode = _ProductMode(self.params["weight"], partial(self.product, sink))
+        # Not from `params`, which has no frozen weight beside a trained bias
+        self.mode = _ProductMode(own_parameters(self.module)["weight"], partial(self.product, sink))
         self.mode.__enter__()
 
     def exit(self) -> None:

@@ -43,6 +43,11 @@ class Added(Router):
         return F.linear(hidden, self.weight).sigmoid() + self.bias
 
 
+class Cast(Router):
+    def forward(self, hidden):
+        return F.linear(hidden.double(), self.weight.type(torch.float64), self.bias.double())
+
+
 class Multiplied(Router):
     def forward(self, hidden):
         return hidden @ self.weight.mT + self.bias
@@ -51,7 +56,7 @@ class Multiplied(Router):
 def test_what_a_router_is():
     assert multiplies_once(Router()) and multiplies_once(Router().bfloat16().float())
     assert multiplies_once(Router().to("meta"))
-    for kind in (Twice, Normalized, Added, Multiplied):
+    for kind in (Twice, Normalized, Added, Cast, Multiplied):
         assert not multiplies_once(kind()), kind
 
 
@@ -67,6 +72,20 @@ def test_families(name, dtype):
     model, batches = tiny_causal_lm(name, dtype=dtype), make_batches("gemma2-softcap", 3, count=2)
     routers = [entry for entry in plan_modules(model) if isinstance(entry.layer, ProductLayer)]
     assert routers and all("Router" in type(entry.module).__name__ for entry in routers)
+    found, _ = accumulate(model, batches)
+    oracle.assert_close(found, expected(model, batches))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_one_of_a_routers_parameters_is_frozen(frozen):
+    """As PEFT's `bias="all"` leaves the weight."""
+    model, batches = (
+        tiny_causal_lm("GptOssForCausalLM", dtype=torch.float32),
+        make_batches("gemma2-softcap", 3, count=2),
+    )
+    for name, param in model.named_parameters():
+        if name.endswith(f"router.{frozen}"):
+            param.requires_grad_(False)
     found, _ = accumulate(model, batches)
     oracle.assert_close(found, expected(model, batches))
 
