@@ -266,8 +266,7 @@ class ProjectedAccumulation:
                 total = objective(torch.ones_like(weights), microbatch)
             self.loss(total, weights, value=total.detach()).backward()
             # Gradients come through frozen layers, too, which may be in half precision
-            dtypes = {param.dtype for param in self.model.parameters() if param.is_floating_point()}
-            return microbatch.precision(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
+            return microbatch.precision(*{p.dtype for p in self.model.parameters() if p.is_floating_point()})
 
         while True:
             try:
@@ -385,6 +384,8 @@ class ProjectedAccumulation:
         if self.intra is None:
             return frozenset()
         weights = self._hooks.left_by_intra() + ([] if self.intra.head else head_weights(self.model))
+        if not weights:
+            return frozenset()
         owners = {self._backend.owner(weight) for weight in weights}
         return frozenset(name for param, name in self._names().items() if param in owners)
 

@@ -231,7 +231,6 @@ def needs_sequences(rule: UpdateRule, intra: IntraPROMA | None) -> bool:
     return intra is None or not rule.is_plain
 
 
-def lowest_precision(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
-    """Lowest precision of the products of a parameter of `dtype`."""
-    dtypes = [dtype] if autocast is None else [dtype, autocast]
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+def lowest_precision(*dtypes: torch.dtype | None) -> torch.dtype:
+    """The lowest of some precisions: of parameters, and of what autocast casts to, if it does."""
+    return max((dtype for dtype in dtypes if dtype is not None), key=lambda dtype: torch.finfo(dtype).eps)

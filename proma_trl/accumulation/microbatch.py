@@ -154,9 +154,9 @@ class Microbatch:
             self._cast.put(tensor, found)
         return found
 
-    def precision(self, dtype: torch.dtype) -> torch.dtype:
-        """Lowest precision of the products that the sequence gradients of a parameter of `dtype` come from."""
-        return lowest_precision(dtype, self._autocast)
+    def precision(self, *dtypes: torch.dtype) -> torch.dtype:
+        """Lowest precision of the products that sequence gradients come from, for parameters of `dtypes`."""
+        return lowest_precision(*dtypes, self._autocast)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .layer import ONE_SEQUENCE, Sink
+from .layer import ONE_SEQUENCE, Sink, base_model
 
 # Families whose images have one size, so that each has as many features
 _IMAGES = (
@@ -129,7 +129,7 @@ def modules_on_images(model: nn.Module) -> dict[nn.Module, str | None]:
     The modules of a multimodal model that don't run on the tokens of its sequences, and why their rows can't be told
     apart; `None` where they can. Empty for a language model.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     config = getattr(base, "config", None)
     if not isinstance(base, PreTrainedModel) or config.get_text_config(decoder=True) is config:
         return {}
@@ -137,16 +137,13 @@ def modules_on_images(model: nn.Module) -> dict[nn.Module, str | None]:
     for embedding in (base.get_output_embeddings(), base.get_input_embeddings()):
         text.update(() if embedding is None else embedding.modules())
     outside = [module for module in base.modules() if module not in text]
-    if placeholder(model) is None:
-        return dict.fromkeys(outside, _UNKNOWN)
     pads = getattr(getattr(config, "vision_config", None), "model_type", None) in _PADS_IMAGES
-    if pads and config.model_type not in _PATCHES:
+    if placeholder(model) is None or (pads and config.model_type not in _PATCHES):
         return dict.fromkeys(outside, _UNKNOWN)
     return {module: _UNKNOWN if pads and isinstance(module, nn.Conv2d) else None for module in outside}
 
 
 def placeholder(model: nn.Module) -> int | None:
     """The id of the tokens that a model's image features take the places of, if its family is a known one."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(base, "config", None)
+    config = getattr(base_model(model), "config", None)
     return config.image_token_id if getattr(config, "model_type", None) in (*_IMAGES, *_PATCHES) else None

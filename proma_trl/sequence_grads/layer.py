@@ -120,6 +120,11 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach()
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """The model beneath PEFT's adapters, if it has any."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 class Layer:
     """
     One module that holds trainable parameters, as hooks see it.

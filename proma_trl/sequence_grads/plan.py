@@ -11,7 +11,7 @@ from . import convolution, linear  # noqa: F401 (each registers its rules)
 from .embedding import EmbeddingLayer, embedding_refusal
 from .experts import ExpertsLayer, ExpertsRule, is_experts
 from .images import modules_on_images
-from .layer import ONE_SEQUENCE, Layer
+from .layer import ONE_SEQUENCE, Layer, base_model
 from .norm import BroadcastLayer, broadcasts_parameters
 from .probe import children_used_directly
 from .product import ProductLayer, multiplies_once
@@ -135,7 +135,7 @@ def plan_linear_layers(model: nn.Module, head: bool) -> list[Layer]:
 
 def head_weights(model: nn.Module) -> list[nn.Parameter]:
     """The weight of a model's LM head, as far as it is known to have one."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
     weight = getattr(head, "weight", None)
     return [weight] if isinstance(weight, nn.Parameter) else []

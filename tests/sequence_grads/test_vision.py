@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from support import oracle
+from support.sequences import lora
 from support.vision import COUNTS, FAMILIES, OTHERS, VisionBatch, expected, run, tiny_vlm
 
 from proma_trl import PROMA, ProjectedAccumulation
@@ -27,16 +27,6 @@ def known(family):
     return model
 
 
-def adapted(model):
-    torch.manual_seed(1)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0))
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            if "lora_B" in name:
-                param.normal_(std=0.1)
-    return model
-
-
 def compare(model, batches, defined=None, settings=None):
     """Holds a model's accumulated gradients against the definition's."""
     size = max(len(batch.ids) for batch in batches)
@@ -56,7 +46,7 @@ def test_all_parameters(family):
 @pytest.mark.parametrize("method", ["iterative", "exact"])
 @pytest.mark.parametrize("family", SOME)
 def test_adapters(family, method, k):
-    model = adapted(tiny_vlm(family))
+    model = lora(tiny_vlm(family))
     batches = [VisionBatch(model, counts, seed) for seed, counts in enumerate([COUNTS[k], COUNTS[k][::-1]])]
     compare(model, batches, {"method": method}, PROMA(method=method))
 
@@ -109,7 +99,7 @@ def test_other_families_are_refused_when_made(family):
         ProjectedAccumulation(model, microbatch_size=2)
     assert ProjectedAccumulation(model, microbatch_size=1)
     with pytest.raises(ValueError, match=r"(?s)lora_A.default` \(Linear\).*outside the text decoder"):
-        ProjectedAccumulation(adapted(model), microbatch_size=2)
+        ProjectedAccumulation(lora(model), microbatch_size=2)
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -9,6 +9,8 @@ from support.models import SIZES
 PLACEHOLDER, LENGTH, PROMPT = 90, 24, 18
 TEXT = {**SIZES, "pad_token_id": 0}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR_ATTENTION = {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8}
+LINEAR_ATTENTION |= {"linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 POSITIONS = {"intermediate_size": 48, "num_position_embeddings": 16}
 PATCHES = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32, "in_channels": 3}
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -80,13 +82,11 @@ ROWS = {
         "vision_config": {**PATCHES, **POSITIONS, "deepstack_visual_indexes": [0]},
     },
     "qwen3_5": {
-        "text_config": {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8}
-        | {"linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        "text_config": LINEAR_ATTENTION,
         "vision_config": {**PATCHES, **POSITIONS},
     },
     "qwen3_5_moe": {
-        "text_config": {**EXPERTS, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8}
-        | {"linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        "text_config": {**EXPERTS, **LINEAR_ATTENTION},
         "vision_config": {**PATCHES, **POSITIONS},
     },
 }

@@ -13,10 +13,10 @@ from support.harness import (
     make_trainer,
     sequence_objective,
 )
-from support.sequences import make_batches, objectives, run
+from support.sequences import accumulate, expected, make_batches, objectives
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from proma_trl import PROMA, ProjectedAccumulation
+from proma_trl import PROMA
 
 pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`: `make test-quantization`")
 
@@ -42,10 +42,6 @@ def adapted(folder, **settings):
     return get_peft_model(quantized(folder, **settings), LORA)
 
 
-def gradients(model):
-    return {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["iterative", "exact"])
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -55,14 +51,8 @@ def test_adapters_on_four_bits(folder, k, method, checkpointing):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
-    run(ProjectedAccumulation(model, PROMA(method=method), microbatch_size=k), batches)
-    found = gradients(model)
-
-    def one(ids, mask, weights, i):
-        return lambda m: objectives(m, ids[i : i + 1], mask[i : i + 1], weights[i : i + 1])[0]
-
-    microbatches = [([one(*batch[:3], i) for i in range(k)], batch[3]) for batch in batches]
-    oracle.assert_close(found, oracle.accumulate(model, microbatches, as_it_is=True, method=method))
+    found, _ = accumulate(model, batches, PROMA(method=method))
+    oracle.assert_close(found, expected(model, batches, as_it_is=True, method=method))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -131,9 +121,7 @@ def test_eight_bits(folder):
     """Its products are in half precision, and depend on the whole microbatch's inputs."""
     model, batches = adapted(folder, load_in_8bit=True), make_batches("llama-untied", 3, count=1)
     model.train()
-    run(ProjectedAccumulation(model, microbatch_size=3), batches)
-    found = gradients(model)
-    model.zero_grad()
+    found, _ = accumulate(model, batches)
     ids, mask, weights, advantages = batches[0]
     (objectives(model, ids, mask, weights) * advantages).sum().backward()
-    oracle.assert_close(found, gradients(model))
+    oracle.assert_close(found, {n: p.grad for n, p in model.named_parameters() if p.requires_grad})
