@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..backends import Backend
+from ..devices import widest_dtype
 from ..rules.inner_products import InnerProducts, noise_ratio, rank_tolerance
 from ..sequence_grads.forms import sum_dtype
 from ..sequence_grads.tensor import Range, TensorGrads
@@ -79,7 +80,7 @@ class Accumulator(ABC):
         acc = self._read(request, grads) if overlaps else None
         # Inverting a Gram matrix squares the condition of the sequences. Float64 makes up for that where it costs
         # nothing and matters: k gradients of a small tensor can nearly be dependent.
-        wide = torch.float32 if grads.device.type == "mps" else torch.float64
+        wide = widest_dtype(grads.device)
         small = request.inverts_gram and grads.num_sequences * grads.size <= _SMALL
         dtype = wide if small else grads.dtype
         sums: list[tuple[torch.Tensor, ...]] = []

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..devices import to_device
 from .subspaces import fill_up
 
 
@@ -65,8 +66,6 @@ class SketchNoise:
         # The first numbers are the same, however many follow, as long as their count is a multiple of 16
         shape = (math.ceil(tokens.limit / 16) * 16, 2, self._num_sequences, self._dim)
         drawn = fill_up(torch.randn(shape, generator=generator))
-        if self._device.type == "cuda":
-            drawn = drawn.pin_memory().to(self._device, non_blocking=True)
-        left, right = drawn.to(self._device).unbind(1)
+        left, right = to_device(drawn, self._device).unbind(1)
         places = tokens.places.T.unsqueeze(-1).expand(-1, -1, left.shape[-1])
         return tuple(x.gather(0, places).transpose(0, 1).contiguous() * tokens.real for x in (left, right))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..devices import widest_dtype
 from ..sequence_grads.forms import Factor
 
 # Products with matrices of 16 columns are several times as fast as with 10: sketches are filled up with zero columns
@@ -59,7 +60,7 @@ def orthonormalize(columns: torch.Tensor) -> torch.Tensor:
     Returns:
         `(..., n, d)`: In the same dtype.
     """
-    wide = columns.to(torch.float32 if columns.device.type == "mps" else torch.float64)
+    wide = columns.to(widest_dtype(columns.device))
     eps = torch.finfo(wide.dtype).eps
     gram = wide.mT @ wide
     diagonal = gram.diagonal(dim1=-2, dim2=-1)

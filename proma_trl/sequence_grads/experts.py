@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..backends import whole_shape
+from ..devices import accelerates
 from .forms import Dense, SequenceGrads, sum_dtype
 from .layer import ONE_SEQUENCE, Layer, Sink, alias, autocast_dtype, by_sequence, output_tolerance
 from .registry import RuleLayer
@@ -176,13 +177,13 @@ class ExpertGrads:
         self._starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
 
     def write_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
-        if out.is_cuda or out.dtype != self.left.dtype:
+        if accelerates(out.device) or out.dtype != self.left.dtype:
             out.copy_(self._products(start, stop))
         else:
             self.add_rows(out.zero_(), start, stop)
 
     def add_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
-        if out.is_cuda or out.dtype != self.left.dtype:
+        if accelerates(out.device) or out.dtype != self.left.dtype:
             out += self._products(start, stop)
             return
         # Filling up is for devices on which many small products take longer than a large one

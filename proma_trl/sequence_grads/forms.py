@@ -10,6 +10,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from ..devices import accelerates
+
 # Elements of float32 products held at a time where half-precision factors are summed with float32 weights (64 MiB)
 _COMBINE_ELEMENTS = 2**24
 
@@ -138,7 +140,7 @@ class OuterProducts:
             dtype = torch.promote_types(left.dtype, right.dtype)
             left, right = left.to(dtype), right.to(dtype)
         # Tensor cores multiply half precision and sum in float32; elsewhere float32 factors give float32 sums
-        if not left.is_cuda:
+        if not accelerates(left.device):
             left, right = left.to(sum_dtype(left)), right.to(sum_dtype(right))
         self.left = left
         self.right = right
@@ -208,7 +210,7 @@ class HeldFactor:
         self.first_token = first_token
         self.source = source
         # As in `OuterProducts`
-        self._matrix = matrix if matrix.is_cuda else matrix.to(self.dtype)
+        self._matrix = matrix if accelerates(matrix.device) else matrix.to(self.dtype)
 
     def times(self, columns: torch.Tensor) -> torch.Tensor:
         return product(self._matrix.flatten(0, 1), columns)
@@ -324,7 +326,7 @@ class Rows:
         unused ones with zero gradients.
         """
         flat = self.indices.flatten()
-        if flat.is_cuda:
+        if accelerates(flat.device):
             ordered, order = flat.sort()
             first = torch.ones_like(ordered)
             first[1:] = ordered[1:] != ordered[:-1]

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
+from ..devices import random_states, set_random_states
 from .forms import Dense, SequenceGrads
 from .layer import ONE_SEQUENCE, Layer, Sink, Spread, alias, autocast_dtype, output_tolerance
 from .probe import random_numbers_kept
@@ -145,7 +146,7 @@ class RerunLayer(Layer):
 
     def enter(self, sink: RerunSink, args: tuple, kwargs: dict) -> None:
         self.entered = True
-        self._random = _random_states(self._device)
+        self._random = random_states(self._device)
         self.hide_params()
 
     def exit(self) -> None:
@@ -159,7 +160,7 @@ class RerunLayer(Layer):
         # A cache would go on to grow. In training it begins empty, so that the module does without
         leaves = [None if isinstance(leaf, (torch.Tensor, Cache)) else leaf for leaf in leaves]
         before, self._random = self._random, None
-        drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(self._device), strict=True))
+        drew = any(not torch.equal(a, b) for a, b in zip(before, random_states(self._device), strict=True))
         call = _Call(
             leaves,
             places,
@@ -366,19 +367,9 @@ def _vjp(
     return torch.autograd.grad(values, copies, grads, retain_graph=retain_graph, allow_unused=True)
 
 
-def _random_states(device: torch.device) -> list[torch.Tensor]:
-    """The states of the generators that a module on a device draws from."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
 @contextmanager
 def _random_numbers_from(states: Sequence[torch.Tensor], device: torch.device) -> Iterator[None]:
     """Within the context, random numbers are drawn from these states; then from where they were before."""
     with random_numbers_kept(device):
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.cuda.set_rng_state(states[1], device)
+        set_random_states(states, device)
         yield

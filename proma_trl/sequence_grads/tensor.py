@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..devices import accelerates
 from .forms import Dense, Rows, SequenceGrads, sum_dtype
 
 Range = tuple[int, int]
@@ -18,7 +19,7 @@ class Scratch:
 
     def take(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """Uninitialized memory, valid until the next call."""
-        if device.type != "cpu":  # their allocators keep freed memory at hand
+        if accelerates(device):  # its allocator keeps freed memory at hand
             return torch.empty(shape, device=device, dtype=dtype)
         size = math.prod(shape)
         buffer = self._buffers.get(dtype)

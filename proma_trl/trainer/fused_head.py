@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ..devices import accelerates
 from ..sequence_grads.forms import Dense, HeldFactor, OuterProducts, SequenceGrads, product, sum_dtype
 from ..sequence_grads.layer import Sink
 from .trl_internals import gathered_head, kernel_forward, kernel_state, replaced_kernel
@@ -145,7 +146,7 @@ class HeadGrads:
         self.compute_dtype = compute_dtype
         self.transform = transform
         # Half-precision products are summed in float32: on CUDA by the product itself, elsewhere from float32 factors
-        self.factor_dtype = compute_dtype if hidden.is_cuda else sum_dtype(hidden)
+        self.factor_dtype = compute_dtype if accelerates(hidden.device) else sum_dtype(hidden)
 
     def backward(
         self, form: str | None, needs_bias: bool, rows: torch.Tensor | None = None

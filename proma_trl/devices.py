@@ -1,0 +1,43 @@
+"""What differs between devices, and the one function that decides it: the package asks for no device's type elsewhere."""
+
+from __future__ import annotations
+
+import torch
+
+# Types of devices that accelerate. Tests and the model of step times add "cpu" to run those branches without a GPU.
+ACCELERATORS = {"cuda"}
+
+
+def accelerates(device: torch.device) -> bool:
+    """
+    Whether a device is a GPU: it sums products of half-precision matrices in float32 (`out_dtype`), keeps freed memory
+    at hand, and runs kernels while the host goes on, so that the host must not wait for a number.
+    """
+    return device.type in ACCELERATORS
+
+
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """States of the random number generators that a module on a device draws from."""
+    states = [torch.get_rng_state()]
+    if accelerates(device):
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_random_states(states: list[torch.Tensor], device: torch.device) -> None:
+    """Undo what was drawn since `random_states` returned `states`."""
+    torch.set_rng_state(states[0])
+    if accelerates(device):
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor in the CPU's memory on another device, without waiting for it."""
+    if accelerates(device):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating-point dtype that a device knows."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,98 @@
+"""A CPU that passes for a GPU: tests run the branches for accelerators on it, with stand-ins for what it lacks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from proma_trl import devices
+
+aten = torch.ops.aten
+
+# With float32 sums of products of half precision, which no CPU has
+_WIDE = {
+    aten.mm.dtype: aten.mm.default,
+    aten.bmm.dtype: aten.bmm.default,
+    aten.addmm.dtype: aten.addmm.default,
+    aten.baddbmm.dtype: aten.baddbmm.default,
+}
+_WIDE_OUT = {op.overloadpacket.dtype_out: default for op, default in _WIDE.items()}
+
+
+class WideProducts(TorchDispatchMode):
+    """Products with `out_dtype`, from factors that are cast to it first: the same up to the order of summation."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in _WIDE or func in _WIDE_OUT:
+            *tensors, dtype = args
+            factors = tensors[-2:]
+            if not factors[0].dtype == factors[1].dtype in (torch.bfloat16, torch.float16) or dtype != torch.float32:
+                raise TypeError(f"`out_dtype={dtype}` is for two factors in half precision, got {factors[0].dtype}.")
+            wide = [x.to(dtype) for x in tensors]
+            out = kwargs.pop("out", None)
+            product = (_WIDE | _WIDE_OUT)[func](*wide, **kwargs)
+            return product if out is None else out.copy_(product)
+        return func(*args, **kwargs)
+
+
+class Waits(RuntimeError):
+    """The host would wait for the device."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host would wait for a GPU: it asks for a value, or for a number of elements that depends on one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        packet = func.overloadpacket
+        if packet in (
+            aten._local_scalar_dense,
+            aten.nonzero,
+            aten.masked_select,
+            aten.equal,
+            aten.is_nonzero,
+            aten._unique,
+            aten._unique2,
+            aten.unique_dim,
+            aten.unique_consecutive,
+            aten.bincount,
+        ) or func is aten.repeat_interleave.Tensor:
+            raise Waits(str(func))
+        if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+            if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
+                raise Waits(f"{func} with a mask")
+        return func(*args, **(kwargs or {}))
+
+
+class NoCopies(TorchFunctionMode):
+    """Fails where values would be copied from the device to the host, or from memory of the host that is not pinned."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.tensor, torch.as_tensor):
+            raise Waits(str(func))
+        if func is torch.Tensor.to and torch.device("cpu") in (*args[1:], *kwargs.values()):
+            if not kwargs.get("non_blocking"):
+                raise Waits("a blocking copy")
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def accelerating() -> Iterator[None]:
+    """Within the context, the CPU passes for a GPU."""
+    with pytest.MonkeyPatch.context() as patch, WideProducts():
+        patch.setattr(devices, "ACCELERATORS", {"cuda", "cpu"})
+        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
+        patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+        yield
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within the context, whatever would make the host wait for a GPU is a [`Waits`]."""
+    with NoWaiting(), NoCopies():
+        yield
