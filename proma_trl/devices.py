@@ -1,4 +1,4 @@
-"""What differs between devices, and the one function that decides it: the package asks for no device's type elsewhere."""
+"""What differs between devices. Nothing else in the package asks for the type of a device."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..backends import Backend
 from ..devices import widest_dtype
 from ..rules.inner_products import InnerProducts, noise_ratio, rank_tolerance
-from ..sequence_grads.forms import sum_dtype
+from ..sequence_grads.forms import batched_product, sum_dtype
 from ..sequence_grads.tensor import Range, TensorGrads
 
 SCOPES = ("local", "global")
@@ -82,23 +82,24 @@ class Accumulator(ABC):
         # nothing and matters: k gradients of a small tensor can nearly be dependent.
         wide = widest_dtype(grads.device)
         small = request.inverts_gram and grads.num_sequences * grads.size <= _SMALL
-        dtype = wide if small else grads.dtype
-        sums: list[tuple[torch.Tensor, ...]] = []
+        held = grads.held_dtype
+        dtype = wide if small and held == grads.dtype else held
+        grams = []
         for start, stop in grads.ranges:
-            sequences = self._share(grads.rows(start, stop)).to(dtype)
-            addends = (_gram(sequences, wide),)
-            if overlaps:
-                addends += ((sequences @ self._part(acc, request.param, start, stop).to(dtype)).to(wide),)
-            sums.append(addends)
-        totals = [x[0] if len(x) == 1 else torch.stack(x).sum(0) for x in zip(*sums, strict=True)]
-        if overlaps:
-            totals.append(self._norm_sq(request, grads.dtype).to(wide))
+            part = self._part(acc, request.param, start, stop) if overlaps else None
+            grams.append(_gram(self._vectors(grads, start, stop, part).to(dtype), wide))
+        gram = grams[0] if len(grams) == 1 else torch.stack(grams).sum(0)
+        if overlaps and grads.is_compact:  # |acc|^2 counts the rows that are left out
+            gram[-1, -1] = self._norm_sq(request, grads.dtype)
+        gram = self._total(gram)
+        n = len(self.advantages)
         return InnerProducts(
-            *self._total(totals),
+            gram[:n, :n],
+            *((gram[:n, n], gram[n, n]) if overlaps else ()),
             names=(request.name,),
             num_sequences=self.num_sequences,
             loss_scale=request.loss_scale,
-            rank_tolerance=rank_tolerance(len(self.advantages), dtype, grads.dtype),
+            rank_tolerance=rank_tolerance(n, torch.promote_types(dtype, torch.float32), held),
             noise_ratio=noise_ratio(request.precision),
         )
 
@@ -118,21 +119,21 @@ class Accumulator(ABC):
     def _read(self, request: Request, grads: TensorGrads) -> torch.Tensor | None:
         """`acc`, if this rank alone has it, and without the rows that don't matter, which `grads` leaves out, too."""
 
-    @abstractmethod
     def _norm_sq(self, request: Request, dtype: torch.dtype) -> torch.Tensor:
-        """This rank's addend of `|acc|^2`."""
+        """This rank's addend of `|acc|^2`, where `grads` leaves rows out."""
+        raise NotImplementedError
 
     @abstractmethod
     def _part(self, acc: torch.Tensor | None, param: nn.Parameter, start: int, stop: int) -> torch.Tensor:
         """`acc` at those entries of the rows that `_share` returns, flat."""
 
-    def _share(self, grads: torch.Tensor) -> torch.Tensor:
-        """`(k, m)`, this rank's sequences, to `(n, m')`: all sequences at those entries that this rank sums."""
-        return grads
+    def _vectors(self, grads: TensorGrads, start: int, stop: int, acc: torch.Tensor | None) -> torch.Tensor:
+        """All sequences at the entries that this rank sums, `(n, m)`; with `acc` as the last of them, `(n + 1, m)`."""
+        return grads.rows(start, stop, acc)
 
-    def _total(self, addends: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The sum of all ranks' addends."""
-        return addends
+    def _total(self, gram: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' inner products."""
+        return gram
 
 
 class LocalAccumulator(Accumulator):
@@ -242,21 +243,18 @@ class GlobalAccumulator(Accumulator):
     def _read(self, request: Request, grads: TensorGrads) -> None:
         return None
 
-    def _norm_sq(self, request: Request, dtype: torch.dtype) -> torch.Tensor:
-        shards = self._sums[request.param].values()
-        return torch.stack([torch.linalg.vector_norm(shard, dtype=dtype).square() for shard in shards]).sum()
-
     def _part(self, acc: None, param: nn.Parameter, start: int, stop: int) -> torch.Tensor:
         return self._sums[param][start]
 
-    def _share(self, grads: torch.Tensor) -> torch.Tensor:
-        return self._exchange(nn.functional.pad(grads, (0, 0, 0, self._size - len(grads))))
+    def _vectors(self, grads: TensorGrads, start: int, stop: int, acc: torch.Tensor | None) -> torch.Tensor:
+        own = grads.rows(start, stop)
+        shared = self._exchange(nn.functional.pad(own, (0, 0, 0, self._size - len(own))))
+        return shared if acc is None else torch.cat([shared, acc.unsqueeze(0).to(shared.dtype)])
 
-    def _total(self, addends: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        flat = torch.cat([x.flatten().double() for x in addends])
-        dist.all_reduce(flat)
-        parts = flat.split([x.numel() for x in addends])
-        return [part.view_as(x).to(x.dtype) for part, x in zip(parts, addends, strict=True)]
+    def _total(self, gram: torch.Tensor) -> torch.Tensor:
+        wide = gram.double()
+        dist.all_reduce(wide)
+        return wide.to(gram.dtype)
 
     def _exchange(self, vectors: torch.Tensor) -> torch.Tensor:
         """`(k, m)` on every rank to its shard of all ranks' vectors, `(W k, m / W)`, those of rank 0 first."""
@@ -297,4 +295,4 @@ def _gram(grads: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`grads @ grads^T` for `(k, n)`, in pieces that stay in cache: k is far too small for one product to be fast."""
     k, n = grads.shape
     pieces = grads.view(k, math.gcd(n, 64), -1).transpose(0, 1)
-    return torch.bmm(pieces, pieces.mT).sum(0, dtype=dtype)
+    return batched_product(pieces, pieces.mT).sum(0, dtype=dtype)

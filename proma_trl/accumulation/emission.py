@@ -14,7 +14,7 @@ from ..intra import IntraPROMA
 from ..intra.intra_proma import IntraProjection, Subspaces, sequence_weights
 from ..rules import InnerProducts, UpdateRule
 from ..sequence_grads.experts import ExpertFactors
-from ..sequence_grads.forms import SequenceGrads, sum_dtype
+from ..sequence_grads.forms import SequenceGrads
 from ..sequence_grads.tensor import Scratch, TensorGrads
 from .accumulators import Accumulator, Request
 
@@ -139,11 +139,13 @@ class Emission:
         """Whether that has been received for a parameter."""
         return param in self._experts
 
-    def head_rows(self, param: nn.Parameter, first: int, length: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def head_rows(
+        self, param: nn.Parameter, length: int, rows: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | None:
         """See [`Microbatch`]."""
         if not self.projects(param) or not self._intra.settings.power_iterations:
             return None
-        return self._intra.first_rows(self.engine.names[param], first, length, dtype)
+        return self._intra.first_rows(self.engine.names[param], 0, length, rows, dtype)
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """What rule and Intra-PROMA log about the backward pass: scalars by name."""
@@ -210,7 +212,7 @@ class Emission:
         return products, self.engine.accumulator.advantages.to(products.gram)
 
     def _tensor_grads(self, leaf: nn.Parameter, param: nn.Parameter, parts: Sequence[SequenceGrads]) -> TensorGrads:
-        limit = int(self.engine.memory_budget * GIB) // (self.engine.microbatch_size * sum_dtype(leaf).itemsize)
+        limit = int(self.engine.memory_budget * GIB) // (self.engine.microbatch_size + 1)
         shape = tuple(whole_shape(param)) or (1,)
         return TensorGrads(parts, shape, leaf, self._num_sequences, limit, self.engine.scratch)
 

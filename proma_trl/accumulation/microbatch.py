@@ -48,6 +48,7 @@ class Microbatch:
         phase ([`Phase`]): Its phase.
         num_sequences (`int`): k, read from the model's input; 0 until then.
         num_tokens (`int` or `None`): Length T of the input's sequences, where it consists of tokens.
+        scored (`(k, T - 1)` or `None`): Where the model was called with labels, which positions have one.
         images ([`Sink`] or `None`): What layers on images report to, once `read_images` knows whose they are.
         advantages (`(k,)` or `None`): Coefficients of the policy gradient, once they are known.
         weights (`(k,)` or `None`): With what the sequences' objectives are weighted in the backward pass, once the
@@ -65,6 +66,7 @@ class Microbatch:
         self.num_sequences = 0
         self.num_tokens: int | None = None
         self.rows = None
+        self.scored: torch.Tensor | None = None
         self.images: ImageSink | None = None
         self.advantages: torch.Tensor | None = None
         self.weights: torch.Tensor | None = None
@@ -113,6 +115,9 @@ class Microbatch:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and is_tokens and mask.shape == value.shape[:2]:
             self._real = mask != 0
+        labels = kwargs.get("labels")
+        if isinstance(labels, torch.Tensor):
+            self.scored = labels[:, 1:] != -100
         self._device = value.device
         if self._autocast is None:
             self._autocast = autocast_dtype(device)
@@ -283,32 +288,33 @@ class Microbatch:
                 f"{ONE_SEQUENCE}, or freeze it."
             )
 
-    def head_form(self, param: nn.Parameter, num_positions: int) -> str:
+    def head_form(self, param: nn.Parameter, num_positions: int, dtype: torch.dtype) -> str:
         """
         How the fused head holds its sequence gradients: dense, as factors, or not at all, as memory allows; or summed,
-        where single sequences are not needed.
+        where single sequences are not needed. Their elements are of `dtype`; factors have `num_positions` rows.
         """
         rows, size = whole_shape(param)
-        row_bytes = self.num_sequences * rows * sum_dtype(param).itemsize
-        budget = self.engine.memory_budget * GIB / row_bytes
+        budget = self.engine.memory_budget * GIB / (rows * dtype.itemsize)
+        fits = num_positions <= budget
         if not self.engine.needs_sequences:
-            return "factors" if num_positions <= budget else "summed"
+            return "factors" if fits else "summed"
         owner = self.engine.backend.owner(param)
-        if size <= budget and self._emission.needs_products(owner) and not self._emission.projects(owner):
+        dense = (self.num_sequences + 1) * size <= budget
+        if dense and self._emission.needs_products(owner) and not self._emission.projects(owner):
             return "dense"
-        return "factors" if num_positions <= budget else "recompute"
+        return "factors" if fits else "recompute"
 
     @property
     def projects_inputs(self) -> bool:
         """Whether Intra-PROMA acts, to which the inputs of all tokens matter."""
         return self.engine.intra is not None
 
-    def head_rows(self, param: nn.Parameter, first: int, length: int) -> torch.Tensor | None:
+    def head_rows(self, param: nn.Parameter, length: int, rows: torch.Tensor) -> torch.Tensor | None:
         """
-        What Intra-PROMA multiplies the head's output gradients by first, those of the tokens `first:first + length`,
-        so that they need be made only once for it and all else; `None` if nothing.
+        What Intra-PROMA multiplies the head's output gradients by first, those at the places `rows` of the first
+        `length` tokens of all sequences, so that they need be made only once for it and all else; `None` if nothing.
         """
-        return self._emission.head_rows(self.engine.backend.owner(param), first, length, sum_dtype(param))
+        return self._emission.head_rows(self.engine.backend.owner(param), length, rows, sum_dtype(param))
 
     def _intra_projection(self) -> IntraProjection | None:
         if self.engine.intra is None:

@@ -186,14 +186,16 @@ class IntraProjection:
         left, right = (inputs, grads) if experts.transposed else (grads, inputs)
         return Subspaces(left, right, self.settings.strength, experts.first)
 
-    def first_rows(self, name: str, first: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    def first_rows(
+        self, name: str, first: int, length: int, rows: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         """
-        What the gradients at a layer's outputs, the tokens `first:first + length` of each sequence, are multiplied by
-        first: noise, over the sequences' weights, `(k * length, d)`.
+        What the gradients at a layer's outputs, the tokens `first:first + length` of each sequence, or those `rows` of
+        them, are multiplied by first: noise, over the sequences' weights, `(R, d)`.
         """
         if name not in self._starts:
             noise = self._noise(name, self._of_tokens(first, length), dtype)
-            self._starts[name] = (noise * self._unweigh.to(dtype)).flatten(0, 1)
+            self._starts[name] = _picked((noise * self._unweigh.to(dtype)).flatten(0, 1), rows)
         return self._starts[name]
 
     def remove(self, subspaces: Sequence[Subspaces], gradient: torch.Tensor) -> None:
@@ -232,16 +234,18 @@ class IntraProjection:
 
     def _of_gradients(self, name: str, factors: Sequence[TokenFactor]) -> torch.Tensor:
         dtype = factors[0].dtype
-        rows = [self.first_rows(_use(name, i), f.first_token, f.num_tokens, dtype) for i, f in enumerate(factors)]
+        rows = [
+            self.first_rows(_use(name, i), f.first_token, f.num_tokens, f.rows, dtype) for i, f in enumerate(factors)
+        ]
         for i in range(len(factors)):  # a tensor's come to their end here
             del self._starts[_use(name, i)]
         # The very tensor, if there is one only: a sweep of it may have been made
         rows = rows[0] if len(rows) == 1 else torch.cat(rows)
-        weights = [self._unweigh.expand(-1, factor.num_tokens, -1).flatten(0, 1) for factor in factors]
+        weights = [_picked(self._unweigh.expand(-1, f.num_tokens, -1).flatten(0, 1), f.rows) for f in factors]
         return self._basis("intra/captured_grads", self._stacked(factors), rows, torch.cat(weights).to(dtype))
 
     def _stacked(self, factors: Sequence[TokenFactor]) -> Factor:
-        lengths = [self._num_sequences * factor.num_tokens for factor in factors]
+        lengths = [self._num_sequences * f.num_tokens if f.rows is None else len(f.rows) for f in factors]
         return factors[0] if len(factors) == 1 else StackedFactor(factors, lengths)
 
     def _basis(self, metric: str, factor: Factor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -280,6 +284,10 @@ def sequence_weights(advantages: torch.Tensor, precision: torch.dtype | None) ->
     """
     small = (_SMALL_FLOAT16 if precision == torch.float16 else _SMALL) * advantages.abs().amax()
     return torch.where(advantages == 0, small, advantages)
+
+
+def _picked(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return values if rows is None else values.index_select(0, rows)
 
 
 def _reciprocal(weights: torch.Tensor) -> torch.Tensor:

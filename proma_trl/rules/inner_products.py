@@ -82,13 +82,17 @@ def rank_tolerance(k: int, gram: torch.dtype, sequences: torch.dtype) -> float:
     """
     Largest eigenvalue of the unit-diagonal Gram matrix of parallel sequences that is still rounding noise.
 
+    Rounding to bfloat16 is random: it changes a vector by a fifth of the machine epsilon of its length (1.6e-3), in a
+    direction of its own, so that its noise does not grow with k.
+
     Args:
         k (`int`): Number of sequences.
         gram (`torch.dtype`): Precision in which the Gram matrix was summed; its noise is in the eigenvalues.
         sequences (`torch.dtype`): Precision of the sequence gradients; their noise is in the singular values, the
             eigenvalues' square roots.
     """
-    return max(16 * k * torch.finfo(gram).eps, (16 * k * torch.finfo(sequences).eps) ** 2)
+    eps = torch.finfo(sequences).eps
+    return max(16 * k * torch.finfo(gram).eps, (16 * k * eps if eps < 1e-6 else eps) ** 2)
 
 
 def noise_ratio(precision: torch.dtype) -> float:

@@ -174,6 +174,7 @@ class ExpertGrads:
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, counts: torch.Tensor):
         self.left, self.right, self.counts = left, right, counts
+        self.dtype = left.dtype
         self._starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
 
     def write_rows(self, out: torch.Tensor, start: int, stop: int) -> None:

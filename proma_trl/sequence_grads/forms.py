@@ -5,6 +5,7 @@ linear layer's are sums of outer products, an embedding's are a few rows each. A
 rows densely, so that Gram matrix and overlaps can be taken range by range, and how to form a weighted sum directly.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -17,7 +18,14 @@ _COMBINE_ELEMENTS = 2**24
 
 
 class SequenceGrads(Protocol):
-    """The k sequence gradients of one parameter, from one use of it."""
+    """
+    The k sequence gradients of one parameter, from one use of it.
+
+    Attributes:
+        dtype (`torch.dtype` or `None`): What they are held in, see [`held_dtype`]; `None` if other uses decide that.
+    """
+
+    dtype: torch.dtype | None
 
     def add_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
         """Add rows `start:stop` of every sequence's gradient to `out`, `(k, stop - start, *rest)`."""
@@ -59,17 +67,19 @@ class Factor(Protocol):
 
 class TokenFactor(Factor, Protocol):
     """
-    A factor whose rows are N tokens of each of k sequences, the first sequence's first.
+    A factor whose rows are N tokens of each of k sequences, the first sequence's first, or some of these.
 
     Attributes:
         num_tokens (`int`): N.
-        first_token (`int`): Place in its sequence, as the model's input has it, of each sequence's first row.
+        first_token (`int`): Place in its sequence, as the model's input has it, of each sequence's first token.
+        rows (`(R,)` or `None`): Which of the k * N tokens the rows are, if not all.
         source (`torch.Tensor` or `None`): The tensor that the layer was given. Layers with the same one have the same
             factor.
     """
 
     num_tokens: int
     first_token: int
+    rows: torch.Tensor | None
     source: torch.Tensor | None
 
 
@@ -95,11 +105,14 @@ class Dense:
     Args:
         grads (`(k, rows, *rest)`): One gradient a sequence.
         owned (`bool`): Whether nobody else holds this memory, so that other uses may be added to it in place.
+        memory (`(k + 1, rows, *rest)`, *optional*): What `grads` is the beginning of, where a gradient more has room.
     """
 
-    def __init__(self, grads: torch.Tensor, owned: bool = False):
+    def __init__(self, grads: torch.Tensor, owned: bool = False, memory: torch.Tensor | None = None):
         self.grads = grads
         self.owned = owned
+        self.memory = memory
+        self.dtype = held_dtype(grads)
 
     def add_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
         out += self.grads[:, start:stop]
@@ -109,8 +122,8 @@ class Dense:
 
     def combine(self, coefficients: torch.Tensor | None) -> torch.Tensor:
         if coefficients is None:
-            return self.grads.sum(0)
-        return (coefficients.to(self.grads.dtype) @ self.grads.flatten(1)).view(self.grads.shape[1:])
+            return self.grads.sum(0, dtype=sum_dtype(self.grads))
+        return weighted_sum(coefficients, self.grads.flatten(1).to(self.dtype)).view(self.grads.shape[1:])
 
     def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor | None) -> None:
         total += self.combine(coefficients)
@@ -120,7 +133,8 @@ class OuterProducts:
     """
     `s_i = sum_t left_it right_it^T`: the weight of a layer that multiplies its inputs by a matrix.
 
-    Products of half-precision factors are summed in float32.
+    Products of half-precision factors are summed in float32. On an accelerator, each sequence's sum of products of
+    bfloat16 factors is then rounded to bfloat16, as an ordinary step under autocast rounds its gradient.
 
     Args:
         left (`(k, N, rows)`): Factors along the parameter's rows.
@@ -144,6 +158,7 @@ class OuterProducts:
             left, right = left.to(sum_dtype(left)), right.to(sum_dtype(right))
         self.left = left
         self.right = right
+        self.dtype = held_dtype(left)
 
     def add_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
         left = self.left[:, :, start:stop].mT
@@ -157,21 +172,20 @@ class OuterProducts:
         if left.dtype == out.dtype:
             torch.bmm(left, self.right, out=out)
         else:
-            out.copy_(torch.bmm(left, self.right, out_dtype=out.dtype))
+            torch.bmm(left, self.right, out_dtype=out.dtype, out=out)
 
     def combine(self, coefficients: torch.Tensor | None) -> torch.Tensor:
         left, right = self.left, self.right
         if coefficients is None:
             return product(left.flatten(0, 1).mT, right.flatten(0, 1))
-        if left.dtype == sum_dtype(left):
+        if left.dtype != torch.float16:
             # One product over all sequences, with the weights on the narrower factor
-            scale = coefficients.to(left.dtype).view(-1, 1, 1)
             if left.shape[-1] <= right.shape[-1]:
-                left = left * scale
+                left = _weighted(left, coefficients)
             else:
-                right = right * scale
-            return left.flatten(0, 1).mT @ right.flatten(0, 1)
-        # Half-precision factors would round the weights, so products are summed with them afterwards, by row ranges
+                right = _weighted(right, coefficients)
+            return product(left.flatten(0, 1).mT, right.flatten(0, 1))
+        # Float16 is too narrow for weighted factors, so products are summed with them afterwards, by row ranges
         k, _, rows = left.shape
         out = left.new_empty((rows, right.shape[-1]), dtype=torch.float32)
         step = max(1, _COMBINE_ELEMENTS // (k * right.shape[-1]))
@@ -196,14 +210,75 @@ class OuterProducts:
         return HeldFactor(left, first), HeldFactor(self._all_inputs)
 
 
+class Segments:
+    """
+    Where the tokens of k sequences lie in tensors `(R, ...)` that hold some of each, the first sequence's first.
+
+    Args:
+        counts (`Sequence[int]`): How many of each.
+        sequence (`(R,)`): Which sequence each token is of.
+    """
+
+    def __init__(self, counts: Sequence[int], sequence: torch.Tensor):
+        ends = itertools.accumulate(counts)
+        self.slices = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        self._sequence = sequence
+
+    def sums(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Each sequence's sum of a tensor `(R, n)`: `(k, n)`."""
+        places = torch.arange(len(self.slices), device=tensor.device).unsqueeze(1)
+        return product((places == self._sequence).to(tensor.dtype), tensor)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """One number a token, `(R,)`, from one a sequence, `(k,)`."""
+        return values.index_select(0, self._sequence)
+
+
+class SegmentProducts:
+    """
+    [`OuterProducts`] of sequences of different lengths, without filling up.
+
+    Args:
+        left (`(R, rows)`), right (`(R, columns)`): The factors of all sequences.
+        segments ([`Segments`]): Which sequence they are of.
+    """
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, segments: Segments):
+        self.left, self.right, self.segments = left, right, segments
+        self.dtype = held_dtype(left)
+
+    def add_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
+        for total, some in zip(out, self.segments.slices, strict=True):
+            add_product(total, self.left[some, start:stop].mT, self.right[some])
+
+    def write_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
+        for total, some in zip(out, self.segments.slices, strict=True):
+            left, right = self.left[some, start:stop].mT, self.right[some]
+            if total.dtype == left.dtype:
+                torch.mm(left, right, out=total)
+            else:
+                torch.mm(left, right, out_dtype=total.dtype, out=total)
+
+    def combine(self, coefficients: torch.Tensor | None) -> torch.Tensor:
+        left, right = self.left, self.right
+        if coefficients is not None:
+            right = torch.mul(right, self.segments.spread(coefficients).unsqueeze(1), out=torch.empty_like(right))
+        return product(left.mT, right)
+
+    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor | None) -> None:
+        total += self.combine(coefficients)
+
+
 class HeldFactor:
     """
-    A [`TokenFactor`] that is in memory.
+    A [`TokenFactor`] that is in memory, with all tokens.
 
     Args:
         matrix (`(k, N, n)`): Its rows.
         first_token (`int`), source (`torch.Tensor`, *optional*): See there.
     """
+
+    rows = None
 
     def __init__(self, matrix: torch.Tensor, first_token: int = 0, source: torch.Tensor | None = None):
         self.num_tokens, self.dtype = matrix.shape[1], sum_dtype(matrix)
@@ -289,6 +364,8 @@ class Rows:
         num_rows (`int`): Number of rows of the parameter.
     """
 
+    dtype = None
+
     def __init__(self, indices: torch.Tensor, values: torch.Tensor, num_rows: int):
         self.indices = indices
         self.values = values
@@ -302,7 +379,12 @@ class Rows:
         values = self.values
         if start > 0 or stop < self.num_rows:
             values = values * inside.view(*inside.shape, *([1] * (values.dim() - 2)))
-        out.view(k * rows, *out.shape[2:]).index_add_(0, local.flatten(), values.flatten(0, 1).to(out.dtype))
+        local, values = local.flatten(), values.flatten(0, 1)
+        if out.dtype.itemsize < values.dtype.itemsize:
+            # The values of one row are added up before they are rounded
+            local, places = _distinct(local)
+            values = values.new_zeros((len(local), *values.shape[1:])).index_add_(0, places, values)
+        out.view(k * rows, *out.shape[2:]).index_add_(0, local, values.to(out.dtype))
 
     def write_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
         self.add_rows(out.zero_(), start, stop)
@@ -320,22 +402,45 @@ class Rows:
 
     def compact(self) -> tuple["Rows", torch.Tensor]:
         """
-        The same gradients on the rows that occur, renumbered in increasing order, and where those rows lie.
-
-        On CUDA the number of occurring rows is not awaited (that would stall the device): k * N rows are kept, the
-        unused ones with zero gradients.
+        The same gradients on the rows that occur, renumbered in increasing order, and where those rows lie: on an
+        accelerator k * N rows, the unused ones with zero gradients.
         """
-        flat = self.indices.flatten()
-        if accelerates(flat.device):
-            ordered, order = flat.sort()
-            first = torch.ones_like(ordered)
-            first[1:] = ordered[1:] != ordered[:-1]
-            rank = first.cumsum(0) - 1
-            rows = torch.zeros_like(ordered).scatter_(0, rank, ordered)
-            local = torch.empty_like(flat).scatter_(0, order, rank)
-        else:
-            rows, local = flat.unique(return_inverse=True)
+        rows, local = _distinct(self.indices.flatten())
         return Rows(local.view_as(self.indices), self.values, len(rows)), rows
+
+
+def _distinct(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The distinct ones of some numbers `(n,)` in increasing order, and each number's place among them. An accelerator's
+    count of them is not awaited: it returns n numbers, of which the last are zeros.
+    """
+    if not accelerates(values.device):
+        return values.unique(return_inverse=True)
+    ordered, order = values.sort()
+    first = torch.ones_like(ordered)
+    first[1:] = ordered[1:] != ordered[:-1]
+    rank = first.cumsum(0) - 1
+    places = torch.empty_like(values).scatter_(0, order, rank)
+    return torch.zeros_like(ordered).scatter_(0, rank, ordered), places
+
+
+def _weighted(factor: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """`(k, N, n)` times `(k,)`, in the dtype of `factor`."""
+    scale = coefficients.to(sum_dtype(factor)).view(-1, 1, 1)
+    return torch.mul(factor, scale, out=torch.empty_like(factor))
+
+
+def weighted_sum(coefficients: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """`sum_i coefficients_i vectors_i`, `(n,)` in [`sum_dtype`]'s, for vectors of shape `(k, n)`."""
+    return product(coefficients.unsqueeze(0).to(vectors.dtype), vectors).squeeze(0)
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add `left @ right` to `total` in place, summed in the wider one of their precisions."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -347,6 +452,15 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def batched_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The same for batches of matrices of one dtype."""
     return left @ right if left.dtype == sum_dtype(left) else torch.bmm(left, right, out_dtype=torch.float32)
+
+
+def held_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """
+    What sequence gradients are held in that are products of `tensor`: [`sum_dtype`]'s, but bfloat16 on an accelerator,
+    where moving them takes longer than forming them. All sums over their elements are float32 nevertheless.
+    """
+    half = tensor.dtype == torch.bfloat16 and accelerates(tensor.device)
+    return torch.bfloat16 if half else sum_dtype(tensor)
 
 
 def sum_dtype(tensor: torch.Tensor) -> torch.dtype:

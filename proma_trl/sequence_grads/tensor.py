@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from ..devices import accelerates
-from .forms import Dense, Rows, SequenceGrads, sum_dtype
+from .forms import Dense, Rows, SequenceGrads, sum_dtype, weighted_sum
 
 Range = tuple[int, int]
 
@@ -38,11 +38,13 @@ class TensorGrads:
         shape (`tuple[int, ...]`): The parameter's whole shape, or `(1,)` for a scalar.
         like (`torch.Tensor`): Has the parameter's dtype and device.
         num_sequences (`int`): k.
-        limit (`int`): Number of elements that may be held at a time for one sequence.
+        limit (`int`): Number of bytes that may be held at a time for one sequence.
         scratch ([`Scratch`]): Where they are held.
 
     Attributes:
-        dtype (`torch.dtype`): What gradients are summed in.
+        dtype (`torch.dtype`): What weighted sums of the gradients are returned in.
+        held_dtype (`torch.dtype`): What the gradients are held in; see [`held_dtype`].
+        is_compact (`bool`): Whether rows have been left out.
         ranges (`list[tuple[int, int]]`): Ranges of rows that together cover the tensor, each within `limit`.
     """
 
@@ -59,8 +61,10 @@ class TensorGrads:
         self.shape = shape
         self.num_sequences = num_sequences
         self.device, self.dtype = like.device, sum_dtype(like)
-        self.ranges = row_ranges(shape, limit)
-        self._limit = limit
+        held = {part.dtype for part in parts if part.dtype is not None}
+        self.held_dtype = torch.bfloat16 if held == {torch.bfloat16} else self.dtype
+        self._limit = limit // self.held_dtype.itemsize
+        self.ranges = row_ranges(shape, self._limit)
         self._scratch = scratch
         self._positions: torch.Tensor | None = None
         self._whole_shape = shape
@@ -96,21 +100,36 @@ class TensorGrads:
         self.ranges = row_ranges(self.shape, self._limit)
         return acc
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start:stop` of all sequence gradients, flat: `(k, n)`, valid until the next call."""
+    @property
+    def is_compact(self) -> bool:
+        return self._positions is not None
+
+    def rows(self, start: int, stop: int, beside: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Rows `start:stop` of all sequence gradients, flat: `(k, n)`, valid until the next call; with `beside`, `(n,)`,
+        as one more of them: `(k + 1, n)`.
+        """
         first, rest = self.parts[0], self.parts[1:]
-        if isinstance(first, Dense) and first.grads.dtype == self.dtype and (first.owned or not rest):
+        k, count = self.num_sequences, self.num_sequences + (beside is not None)
+        if isinstance(first, Dense) and first.grads.dtype == self.held_dtype and (first.owned or not rest):
             out = first.grads[:, start:stop]
+            memory = out if beside is None or first.memory is None else first.memory[:, start:stop]
         else:
-            shape = (self.num_sequences, stop - start, *self.shape[1:])
-            out = self._scratch.take(shape, self.device, self.dtype)
+            memory = self._scratch.take((count, stop - start, *self.shape[1:]), self.device, self.held_dtype)
+            out = memory[:k]
             first.write_rows(out, start, stop)
         for part in rest:
             part.add_rows(out, start, stop)
-        out = out.flatten(1)
+        if beside is None:
+            found = out.flatten(1)
+        elif len(memory) == count:
+            memory[k].copy_(beside.view(memory.shape[1:]))
+            found = memory.flatten(1)
+        else:
+            found = torch.cat([out.flatten(1), beside.unsqueeze(0).to(out.dtype)])
         if len(self.ranges) == 1:
-            self._held = out
-        return out
+            self._held = found[:k]
+        return found
 
     def combine(self, coefficients: torch.Tensor | None) -> torch.Tensor:
         """
@@ -119,7 +138,7 @@ class TensorGrads:
         """
         coefficients = None if coefficients is None else coefficients.to(self.device)
         if self._held is not None and coefficients is not None:
-            total = (coefficients.to(self.dtype) @ self._held).view(self.shape)
+            total = weighted_sum(coefficients, self._held).view(self.shape)
         else:
             total = self.parts[0].combine(coefficients)
             for part in self.parts[1:]:

@@ -246,7 +246,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         with ExitStack() as stack:
             # Where sequence gradients are not simply the microbatch's
             if microbatch is not None and self.accumulation.follows_head:
-                stack.enter_context(sequence_head(microbatch, inputs["completion_ids"].size(1)))
+                stack.enter_context(sequence_head(microbatch))
             if self.trust_region is not None:
                 stack.enter_context(self.trust_region.reading_head(inputs))
             yield

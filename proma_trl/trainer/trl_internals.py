@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import trl.kernels.chunked_logprob as chunked_logprob
 import trl.trainer.utils as trl_utils
 from trl import GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
@@ -48,6 +49,10 @@ _ATTRIBUTES = (
 )
 _HEAD_NAMES = ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx")
 _HEAD_ARGUMENTS = "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
+_HEAD_KERNEL_ARGUMENTS = (
+    "mm_ptr mm_stride targets_ptr log_z_ptr entropy_ptr grad_logprobs_ptr grad_entropy_ptr vocab_start n_cols "
+    "logit_scale softcap inv_t HAS_SOFTCAP HAS_LOGPROB_GRAD HAS_ENTROPY_GRAD BLOCK_SIZE"
+)
 _HEAD_TRANSFORM = {"logit_scale", "softcap", "inv_t", "HAS_SOFTCAP"}
 
 
@@ -83,6 +88,12 @@ def _code(method: Any) -> Any:
 def _moved_in_head() -> Iterator[str]:
     missing = [name for name in _HEAD_NAMES if not hasattr(trl_utils, name)]
     yield from (f"trl.trainer.utils.{name}" for name in missing)
+    kernel = getattr(chunked_logprob, "_backward_kernel", None)  # a function without Triton, and made of one with it
+    kernel = getattr(kernel, "fn", kernel)
+    if kernel is None or list(inspect.signature(kernel).parameters) != _HEAD_KERNEL_ARGUMENTS.split():
+        yield "trl.kernels.chunked_logprob._backward_kernel"
+    missing = [name for name in ("_use_triton", "_BLOCK_SIZE") if not hasattr(chunked_logprob, name)]
+    yield from (f"trl.kernels.chunked_logprob.{name}" for name in missing)
     if list(inspect.signature(ChunkedLogProbFunction.forward).parameters) != _HEAD_ARGUMENTS.split():
         yield "ChunkedLogProbFunction.forward"
         return
@@ -132,6 +143,48 @@ def kernel_state(ctx: Any) -> KernelState:
     return KernelState(hidden, weight, bias, targets, log_z, ctx.compute_dtype, ctx.kernel_args)
 
 
+def logits_to_gradients(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    log_z: torch.Tensor,
+    grad_logprobs: torch.Tensor,
+    first: int,
+    transform: dict[str, Any],
+) -> bool:
+    """
+    Overwrite logits with the gradients of the head's products, by TRL's kernel for it.
+
+    Args:
+        logits (`(N, n)`): The head's products, for the tokens from `first` on of the vocabulary.
+        targets (`(N,)`), log_z (`(N,)`), transform (`dict`): See [`KernelState`].
+        grad_logprobs (`(N,)`): Gradient of the log-probabilities.
+        first (`int`): The first token.
+
+    Returns:
+        `bool`: Whether it was done: there is a kernel where there is Triton.
+    """
+    if not chunked_logprob._use_triton(logits.device):
+        return False
+    size, length = chunked_logprob._BLOCK_SIZE, logits.shape[1]
+    if logits.numel():
+        chunked_logprob._backward_kernel[(len(logits), -(-length // size))](
+            logits,
+            logits.stride(0),
+            targets,
+            log_z,
+            log_z,  # in the place of the entropy, which has no gradient
+            grad_logprobs,
+            log_z,
+            first,
+            length,
+            HAS_LOGPROB_GRAD=True,
+            HAS_ENTROPY_GRAD=False,
+            BLOCK_SIZE=size,
+            **transform,
+        )
+    return True
+
+
 def gathered_head(weight: torch.Tensor, bias: torch.Tensor | None) -> AbstractContextManager:
     """Within the context, ZeRO-3's shards of the head are whole: it doesn't run as a module, which would see to it."""
     return trl_utils.maybe_gather_lm_head_ctx(weight, bias)
@@ -142,7 +195,7 @@ def replaced_kernel(kernel: Any) -> Iterator[Any]:
     """Within the context, the fused head of TRL's models calls `kernel.apply`. Yields what it calls otherwise."""
     with (
         replaced(trl_utils, "_ChunkedLogProbFunction", kernel) as original,
-        # On CUDA, TRL would pass unmasked positions only, and which sequence they belong to would be lost
+        # On a GPU, TRL would pass scored positions only, and which sequence they belong to would be lost
         replaced(trl_utils, "_use_triton", lambda device: False),
     ):
         yield original

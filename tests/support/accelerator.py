@@ -44,22 +44,26 @@ class Waits(RuntimeError):
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where the host would wait for a GPU: it asks for a value, or for a number of elements that depends on one."""
+    """Fails where the host would wait for a GPU, for a value or for a number of elements that depends on one."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         packet = func.overloadpacket
-        if packet in (
-            aten._local_scalar_dense,
-            aten.nonzero,
-            aten.masked_select,
-            aten.equal,
-            aten.is_nonzero,
-            aten._unique,
-            aten._unique2,
-            aten.unique_dim,
-            aten.unique_consecutive,
-            aten.bincount,
-        ) or func is aten.repeat_interleave.Tensor:
+        if (
+            packet
+            in (
+                aten._local_scalar_dense,
+                aten.nonzero,
+                aten.masked_select,
+                aten.equal,
+                aten.is_nonzero,
+                aten._unique,
+                aten._unique2,
+                aten.unique_dim,
+                aten.unique_consecutive,
+                aten.bincount,
+            )
+            or func is aten.repeat_interleave.Tensor
+        ):
             raise Waits(str(func))
         if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
             if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
@@ -68,7 +72,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 class NoCopies(TorchFunctionMode):
-    """Fails where values would be copied from the device to the host, or from memory of the host that is not pinned."""
+    """Fails where values would be copied from device to host, or from memory of the host that is not pinned."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
