@@ -16,6 +16,21 @@ def accelerates(device: torch.device) -> bool:
     return device.type in ACCELERATORS
 
 
+def default_memory_budget(device: torch.device) -> float:
+    """
+    GiB that the sequence gradients of one parameter may take. Half a GiB on a CPU, where working on a vocabulary in
+    parts costs little. On a GPU an eighth of its memory: making the logits again costs much there. That is 10 GiB of
+    80, which hold a head of 151,936 x 1,024 with 8 sequences in bfloat16 (2.6 GiB), as 3 of 24 do; and it is a quarter
+    of what float32 weights, their gradients and AdamW's moments may take if as much again is left for activations.
+    """
+    return total_memory(device) / 8 / 2**30 if accelerates(device) else 0.5
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that a GPU has."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def random_states(device: torch.device) -> list[torch.Tensor]:
     """States of the random number generators that a module on a device draws from."""
     states = [torch.get_rng_state()]

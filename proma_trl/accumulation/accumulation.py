@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..backends import Backend, backend_for, is_distributed
+from ..devices import default_memory_budget
 from ..intra import IntraPROMA
 from ..rules import PROMA, REINFORCE, UpdateRule
 from ..sequence_grads import head_weights, plan_layers, plan_linear_layers
@@ -48,8 +49,9 @@ class ProjectedAccumulation:
             From a tensor's inner products to coefficients. Defaults to [`PROMA`] with the paper's settings.
         microbatch_size (`int`):
             Largest number of sequences in a microbatch. With `1`, every architecture works.
-        memory_budget (`float`, defaults to `0.5`):
-            GiB that the sequence gradients of one parameter may take; larger ones are worked on in parts.
+        memory_budget (`float`, *optional*):
+            GiB that the sequence gradients of one parameter may take; larger ones are worked on in parts. Defaults to
+            an eighth of a GPU's memory, and to 0.5 elsewhere.
         accelerator (`Accelerator`, *optional*):
             What prepares the model. Its `sync_gradients` says where an accumulation ends. Needed with DeepSpeed and
             with a global scope; without it, gradients must accumulate in `param.grad`, as they do on one device, under
@@ -100,7 +102,7 @@ class ProjectedAccumulation:
         rule: UpdateRule | None = None,
         *,
         microbatch_size: int,
-        memory_budget: float = 0.5,
+        memory_budget: float | None = None,
         accelerator: Accelerator | None = None,
         scope: str = "local",
         accumulator_dtype: torch.dtype = torch.float32,
@@ -112,7 +114,8 @@ class ProjectedAccumulation:
         seed: int = 0,
     ):
         check_whole("microbatch_size", microbatch_size)
-        check_real("memory_budget", memory_budget, "a positive, finite number of GiB", low=sys.float_info.min)
+        if memory_budget is not None:
+            check_real("memory_budget", memory_budget, "a positive, finite number of GiB", low=sys.float_info.min)
         check_choice("scope", scope, SCOPES)
         if scope == "global" and accelerator is None:
             raise ValueError('`scope="global"` needs the `accelerator`, which says where an accumulation ends.')
@@ -362,6 +365,8 @@ class ProjectedAccumulation:
                 keeps=self.rule.needs_accumulated or (self.intra is not None and self.intra.target == "accumulated"),
                 dtype=self.accumulator_dtype,
             )
+            if self.memory_budget is None:
+                self.memory_budget = self._default_memory_budget()
         return Engine(
             rule=rule,
             backend=self._backend,
@@ -378,6 +383,17 @@ class ProjectedAccumulation:
             intra_excluded=self._excluded(),
             intra_measures=self.intra is not None and self._index == self.intra.first_acting,
         )
+
+    def _default_memory_budget(self) -> float:
+        # Parameters may be offloaded
+        device = self.accelerator.device if self.accelerator else next(p for _, p in self._trainable()).device
+        budget = default_memory_budget(device)
+        if self.scope == "global" and is_distributed():
+            # Ranks exchange sequence gradients by the same ranges, whatever their devices
+            smallest = torch.tensor(budget, device=device)
+            dist.all_reduce(smallest, dist.ReduceOp.MIN)
+            budget = smallest.item()
+        return budget
 
     def _excluded(self) -> frozenset[str]:
         """Names of the linear layers' weights that Intra-PROMA leaves alone."""

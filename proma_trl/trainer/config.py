@@ -90,9 +90,9 @@ class PROMAConfig(GRPOConfig):
             (on a command line: `inf`) for no bound.
         projection_strength (`float`, *optional*, defaults to `1.0`):
             Part of the projection that is removed, from 0 (REINFORCE) to 1 (PROMA).
-        projection_memory_budget (`float`, *optional*, defaults to `0.5`):
+        projection_memory_budget (`float` or `None`, *optional*):
             GiB that the sequence gradients of one parameter tensor may take. Larger ones, like those of a vocabulary,
-            are worked on in parts, which costs time.
+            are worked on in parts, which costs time. `None` is an eighth of a GPU's memory, and 0.5 elsewhere.
         projection_scope (`str`, *optional*, defaults to `"local"`):
             What is projected on several devices. `"local"`: each rank's accumulated gradient off its own sequences,
             which costs no communication. `"global"`: the gradient of all ranks off the sequences of all ranks, as if
@@ -181,11 +181,12 @@ class PROMAConfig(GRPOConfig):
         default=1.0,
         metadata={"help": "Part of the projection that is removed, from 0 (REINFORCE) to 1 (PROMA)."},
     )
-    projection_memory_budget: float = field(
-        default=0.5,
+    projection_memory_budget: float | None = field(
+        default=None,
         metadata={
             "help": "GiB that the sequence gradients of one parameter tensor may take. Larger ones, like those of a "
-            "vocabulary, are worked on in parts, which costs time."
+            "vocabulary, are worked on in parts, which costs time. `None` is an eighth of a GPU's memory, and 0.5 "
+            "elsewhere."
         },
     )
     projection_scope: str = field(
@@ -323,12 +324,14 @@ class PROMAConfig(GRPOConfig):
         self.projection_strength = check_real(
             "projection_strength", self.projection_strength, "a number between 0 and 1", high=1.0
         )
-        self.projection_memory_budget = check_real(
-            "projection_memory_budget",
-            self.projection_memory_budget,
-            "a positive, finite number of GiB",
-            low=sys.float_info.min,
-        )
+        if self.projection_memory_budget is not None:
+            self.projection_memory_budget = check_real(
+                "projection_memory_budget",
+                self.projection_memory_budget,
+                "a positive, finite number of GiB",
+                low=sys.float_info.min,
+                way_out="For the device's own default, leave it out, or set `projection_memory_budget=None`.",
+            )
         self.isopo_regularization = check_real(
             "isopo_regularization",
             self.isopo_regularization,

@@ -76,19 +76,22 @@ class NoCopies(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.tensor, torch.as_tensor):
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu):
             raise Waits(str(func))
-        if func is torch.Tensor.to and torch.device("cpu") in (*args[1:], *kwargs.values()):
-            if not kwargs.get("non_blocking"):
-                raise Waits("a blocking copy")
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            raise Waits(f"{func} on a device")
+        devices = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, str | torch.device)]
+        if func is torch.Tensor.to and devices and not kwargs.get("non_blocking"):
+            raise Waits("a blocking copy")
         return func(*args, **kwargs)
 
 
 @contextmanager
 def accelerating() -> Iterator[None]:
-    """Within the context, the CPU passes for a GPU."""
+    """Within the context, the CPU passes for a GPU of 16 GiB."""
     with pytest.MonkeyPatch.context() as patch, WideProducts():
         patch.setattr(devices, "ACCELERATORS", {"cuda", "cpu"})
+        patch.setattr(devices, "total_memory", lambda device: 2**34)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)

@@ -74,7 +74,7 @@ REFUSED = {
     "projection_sweeps": [0, 1.5, "2", None, True, [2]],
     "projection_bound": [-1.0, "0.5", [0.5], True, math.nan, -math.inf],
     "projection_strength": [2.0, -0.1, None, "1", True, math.nan],
-    "projection_memory_budget": [0.0, -1, "1", None, True, math.inf, math.nan],
+    "projection_memory_budget": [0.0, -1, "1", True, math.inf, math.nan],
     "projection_scope": ["node", None, 1],
     "projection_accumulator_dtype": ["float16", None, torch.float32],
     "adapter_dtype": ["float16", None, torch.float32],
