@@ -188,7 +188,7 @@ class Emission:
         products = replace(products, policy_sq=policy_sq.to(products.gram))
         self._products.append(products)
         coefficients = rule.coefficients(products, advantages)
-        return emission.add_(grads.combine((coefficients - policy)[own]))
+        return grads.add_combined(emission, (coefficients - policy)[own])
 
     def _combined_off_accumulated(
         self, leaf: nn.Parameter, param: nn.Parameter, grads: TensorGrads, subspaces: Sequence[Subspaces]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from ..devices import accelerates
-from .forms import Dense, Rows, SequenceGrads, sum_dtype, weighted_sum
+from .forms import Dense, Rows, SequenceGrads, add_product, sum_dtype, weighted_sum
 
 Range = tuple[int, int]
 
@@ -145,6 +145,14 @@ class TensorGrads:
                 part.add_combined(total, coefficients)
         if self._positions is not None:
             total = total.new_zeros(self._whole_shape).index_add_(0, self._positions, total)
+        return total
+
+    def add_combined(self, total: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        """Add what `combine` returns to `total`, `(rows, *rest)`, which it returns."""
+        if self._held is None or self.is_compact:
+            return total.add_(self.combine(coefficients))
+        coefficients = coefficients.unsqueeze(0).to(self._held)
+        add_product(total.view(1, -1), coefficients, self._held)
         return total
 
 

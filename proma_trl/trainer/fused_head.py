@@ -167,12 +167,11 @@ class HeadGrads:
             self._total = self.hidden.new_empty((vocabulary, size), dtype=sums) if form == "summed" else None
 
         for start, stop in self._ranges():
-            dlogits = self.dlogits(start, stop)
-            add_product(grad_hidden, dlogits, self.weight[start:stop].to(self.factor_dtype))
+            weight = self.weight[start:stop].to(self.compute_dtype)
+            dlogits = self.dlogits(start, stop, weight, grads.left[:, start:stop] if form == "factors" else None)
+            add_product(grad_hidden, dlogits, weight.to(self.factor_dtype))
             if form == "dense":
                 self._products(dlogits).write_rows(grads.grads[:, start:stop], 0, stop - start)
-            elif form == "factors":
-                grads.left[:, start:stop] = dlogits
             elif form == "summed":
                 self._total[start:stop] = product(dlogits.mT, self.right)
             if self._swept is not None:
@@ -182,14 +181,27 @@ class HeadGrads:
                 bias_grads[:, start:stop] = self.segments.sums(dlogits)
         return grad_hidden, grads, bias_grads
 
-    def dlogits(self, start: int, stop: int) -> torch.Tensor:
-        """Gradient of the head's products for tokens `start:stop` of the vocabulary, `(R, stop - start)`."""
-        weight = self.weight[start:stop].to(self.compute_dtype)
-        logits = self.hidden @ weight.mT
+    def dlogits(
+        self, start: int, stop: int, weight: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Gradient of the head's products for tokens `start:stop` of the vocabulary, `(R, stop - start)`; in `out`, if
+        given. `weight` is the head's for them in the dtype of the products, where it is at hand.
+        """
+        if weight is None:
+            weight = self.weight[start:stop].to(self.compute_dtype)
+        in_place = out is not None and out.dtype == self.compute_dtype
+        logits = torch.mm(self.hidden, weight.mT, out=out if in_place else None)
         if self.bias is not None:
             logits += self.bias[start:stop].to(self.compute_dtype)
-        if logits_to_gradients(logits, self.targets, self.log_z, self.grad_logprobs, start, self.transform):
+        if not logits_to_gradients(logits, self.targets, self.log_z, self.grad_logprobs, start, self.transform):
+            logits = self._gradients(logits, start, stop)
+        if out is None:
             return logits.to(self.factor_dtype)
+        return out if logits.data_ptr() == out.data_ptr() else out.copy_(logits)
+
+    def _gradients(self, logits: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """What TRL's kernel does to logits, where there is none."""
         logits = logits.to(self.log_z.dtype)
         scale, inv_t = self.transform["logit_scale"], self.transform["inv_t"]
         slope = None
@@ -209,7 +221,7 @@ class HeadGrads:
         )
         if slope is not None:
             dlogits.mul_(slope)
-        return dlogits.mul_(scale * inv_t).to(self.factor_dtype)
+        return dlogits.mul_(scale * inv_t)
 
     def add_rows(self, out: torch.Tensor, start: int, stop: int) -> None:
         for a, b in self._ranges(start, stop):
