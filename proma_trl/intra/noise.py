@@ -32,9 +32,9 @@ class Tokens:
 
 class SketchNoise:
     """
-    Standard normal numbers for the tokens of a microbatch: functions of a key, of a tensor's name, and of a token's
-    place among the real tokens of its sequence, so that padding changes nothing. They are drawn on the CPU by a
-    generator of their own, and are the same on all devices.
+    Normal numbers for the tokens of a microbatch: functions of a key, of a tensor's name, and of a token's place among
+    the real tokens of its sequence, so that padding changes nothing. They are drawn on the CPU by a generator of their
+    own, and are the same on all devices. Their variance, on which no span depends, is between 1 and 2.
 
     Args:
         key (`Sequence[int]`): What tells one microbatch from another: seed, optimizer step, microbatch, rank.
@@ -57,9 +57,13 @@ class SketchNoise:
         if id(tokens) not in self._pairs:
             self._pairs[id(tokens)] = (tokens, *self._draw(tokens))
         _, left, right = self._pairs[id(tokens)]
-        # Each angle makes other numbers of the same distribution, so that one drawing serves all tensors
+        # Each angle makes other numbers of the same distribution, so that one drawing serves all tensors. Only what
+        # they span matters, so the larger of the angle's sine and cosine is divided out
         angle = 2 * math.pi * zlib.crc32(name.encode()) / 2**32
-        return torch.add(left * math.cos(angle), right, alpha=math.sin(angle)).to(dtype)
+        sine, cosine = math.sin(angle), math.cos(angle)
+        if abs(sine) > abs(cosine):
+            left, right, sine, cosine = right, left, cosine, sine
+        return torch.add(left, right, alpha=sine / cosine).to(dtype)
 
     def _draw(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(self._seed)

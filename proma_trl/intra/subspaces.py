@@ -34,9 +34,8 @@ def dominant_subspace(factor: Factor, rows: torch.Tensor, weights: torch.Tensor,
         rows, at most d.
     """
     for _ in range(iterations):
-        rows = factor.sweep(rows, orthonormalize) * weights
         # `X^T rows` is the factor's product with the rows weighted once more
-        rows = orthonormalize(rows) * weights
+        rows = _orthonormalize_weighted(factor.sweep(rows, orthonormalize), weights, factor.operand_dtype)
     return orthonormalize(factor.transpose_times(rows))
 
 
@@ -51,18 +50,29 @@ def orthonormalize(columns: torch.Tensor) -> torch.Tensor:
     """
     Columns with the same span that are orthonormal, or zero where they depend on those before them.
 
-    A Cholesky factorization of the d x d Gram matrix in float64 takes the place of QR. It neither iterates over
-    columns nor makes the host wait for the device.
-
     Args:
         columns (`(..., n, d)`): Any columns, zero and parallel ones among them.
 
     Returns:
         `(..., n, d)`: In the same dtype.
     """
-    wide = columns.to(widest_dtype(columns.device))
-    eps = torch.finfo(wide.dtype).eps
-    gram = wide.mT @ wide
+    return _orthonormal(columns.to(widest_dtype(columns.device)), columns.dtype).to(columns.dtype)
+
+
+def _orthonormalize_weighted(columns: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same of columns whose rows are multiplied by `weights`, `(..., n, 1)`, before and after; in `dtype`."""
+    wide = torch.empty_like(columns, dtype=widest_dtype(columns.device))
+    found = _orthonormal(torch.mul(columns, weights, out=wide), columns.dtype)
+    return torch.mul(found, weights, out=torch.empty_like(found, dtype=dtype))
+
+
+def _orthonormal(columns: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+    """
+    A Cholesky factorization of the d x d Gram matrix in float64 takes the place of QR. It neither iterates over
+    columns nor makes the host wait for the device. What `columns` come from was computed in `precision`.
+    """
+    eps = torch.finfo(columns.dtype).eps
+    gram = columns.mT @ columns
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     longest_sq = diagonal.amax(-1, keepdim=True)
     # A little more than rounding may take away from it, so that the factorization exists
@@ -70,8 +80,8 @@ def orthonormalize(columns: torch.Tensor) -> torch.Tensor:
     triangle, _ = torch.linalg.cholesky_ex(gram)
     # On its diagonal: each column's distance from the span of those before it. Where all columns are zero, there is no
     # factorization, and nothing is kept
-    tolerance = max(16 * torch.finfo(columns.dtype).eps, 64 * eps**0.5)
+    tolerance = max(16 * torch.finfo(precision).eps, 64 * eps**0.5)
     kept = triangle.diagonal(dim1=-2, dim2=-1).square() > tolerance**2 * longest_sq
-    identity = torch.eye(gram.shape[-1], dtype=wide.dtype, device=wide.device).expand_as(gram)
+    identity = torch.eye(gram.shape[-1], dtype=columns.dtype, device=columns.device).expand_as(gram)
     inverse = torch.linalg.solve_triangular(triangle, identity, upper=False)
-    return (wide @ torch.where(kept.unsqueeze(-2), inverse.mT, 0)).to(columns.dtype)
+    return columns @ torch.where(kept.unsqueeze(-2), inverse.mT, 0)

@@ -48,9 +48,11 @@ class Factor(Protocol):
 
     Attributes:
         dtype (`torch.dtype`): What products are returned in.
+        operand_dtype (`torch.dtype`): What it is multiplied with is cast to this.
     """
 
     dtype: torch.dtype
+    operand_dtype: torch.dtype
 
     def times(self, columns: torch.Tensor) -> torch.Tensor:
         """`M columns`, `(..., R, c)`, for `columns` of shape `(..., n, c)`."""
@@ -286,6 +288,7 @@ class HeldFactor:
         self.source = source
         # As in `OuterProducts`
         self._matrix = matrix if accelerates(matrix.device) else matrix.to(self.dtype)
+        self.operand_dtype = self._matrix.dtype
 
     def times(self, columns: torch.Tensor) -> torch.Tensor:
         return product(self._matrix.flatten(0, 1), columns)
@@ -313,7 +316,7 @@ class StackedFactor:
 
     def __init__(self, factors: Sequence[Factor], lengths: Sequence[int]):
         self._factors, self._lengths = factors, lengths
-        self.dtype = factors[0].dtype
+        self.dtype, self.operand_dtype = factors[0].dtype, factors[0].operand_dtype
 
     def times(self, columns: torch.Tensor) -> torch.Tensor:
         return torch.cat([factor.times(columns) for factor in self._factors])
@@ -338,7 +341,7 @@ class BatchedFactor:
     """
 
     def __init__(self, matrices: torch.Tensor):
-        self.dtype = matrices.dtype
+        self.dtype = self.operand_dtype = matrices.dtype
         self._matrices = matrices
 
     def times(self, columns: torch.Tensor) -> torch.Tensor:

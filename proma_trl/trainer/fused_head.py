@@ -304,7 +304,7 @@ class HeadFactor:
 
     def __init__(self, grads: HeadGrads, held: HeldFactor | None = None):
         self.num_tokens, self.rows = grads.num_tokens, grads.rows
-        self.dtype = sum_dtype(grads.hidden)
+        self.dtype, self.operand_dtype = sum_dtype(grads.hidden), grads.factor_dtype
         self._grads = grads
         self._held = held
 
