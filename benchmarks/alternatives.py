@@ -266,7 +266,7 @@ def profile_training(
 def make_steps(
     arguments: argparse.Namespace,
     length: int,
-    budget: float = PROMAConfig.projection_memory_budget,
+    budget: float | None = PROMAConfig.projection_memory_budget,
     lora: int | None = None,
 ) -> tuple[PROMATrainer, list[dict[str, torch.Tensor]]]:
     """A trainer of the step-time benchmark's model, and the microbatches of a step."""

@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,9 +40,63 @@ ALGORITHMS = ("proma", "proma_intra", "proma_both")
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a dense Qwen3."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+
+
+# The published models
+SHAPES = {
+    "0.6B": Shape(1024, 28, 3072, 16, 8, 128, 151_936, True),
+    "1.7B": Shape(2048, 28, 6144, 16, 8, 128, 151_936, True),
+    "8B": Shape(4096, 36, 12_288, 32, 8, 128, 151_936, False),
+}
+
+
+class _ModelAction(argparse.Action):
+    """`--model` sets the sizes that have options of their own, so that a later option can still change one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        shape = SHAPES[values]
+        namespace.model = values
+        namespace.hidden, namespace.layers, namespace.vocabulary = shape.hidden, shape.layers, shape.vocabulary
+
+
+def model_shape(arguments: argparse.Namespace) -> Shape:
+    """The sizes of the model that the options ask for."""
+    if arguments.model is not None:
+        return replace(SHAPES[arguments.model], layers=arguments.layers, vocabulary=arguments.vocabulary)
+    heads = arguments.hidden // 64
+    return Shape(
+        hidden=arguments.hidden,
+        layers=arguments.layers,
+        intermediate=3 * arguments.hidden,
+        heads=heads,
+        kv_heads=heads // 2 if heads % 2 == 0 else heads,
+        head_size=64,
+        vocabulary=arguments.vocabulary,
+        tied=True,
+    )
+
+
 def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     """The options that benchmarks of whole steps share, with other `defaults` where these are given."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model",
+        choices=SHAPES,
+        action=_ModelAction,
+        help="sizes of a Qwen3; --layers and --vocabulary after it count",
+    )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=4096)
@@ -88,7 +143,7 @@ def make_trainer(
     folder: str,
     **settings: Any,
 ) -> GRPOTrainer:
-    """A trainer of a random Qwen3 with a tied embedding, dense or a mixture, ready for `train()`."""
+    """A trainer of a random Qwen3, dense or a mixture, ready for `train()`."""
     if arguments.general:
         proma_trl.sequence_grads.plan.is_experts = lambda module: False
     vocabulary = {f"token{i}": i for i in range(8)}
@@ -99,22 +154,20 @@ def make_trainer(
         unk_token="token2",
     )
     torch.manual_seed(0)
-    heads = arguments.hidden // 64
+    shape = model_shape(arguments)
     sizes = {
-        "vocab_size": arguments.vocabulary,
-        "hidden_size": arguments.hidden,
-        "intermediate_size": 3 * arguments.hidden,
-        "num_hidden_layers": arguments.layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_size,
+        "tie_word_embeddings": shape.tied,
     }
     if arguments.experts:
         experts = {"num_experts": arguments.experts, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
-        model = Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(**sizes, **experts, moe_intermediate_size=3 * arguments.hidden // 2)
-        )
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, moe_intermediate_size=shape.intermediate // 2))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**sizes))
     args = config_class(
@@ -153,6 +206,8 @@ def make_prepared_trainer(
     trainer.create_optimizer()
     trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.current_gradient_accumulation_steps = arguments.microbatches
+    if arguments.checkpointing:  # which `train()` would turn on
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     trainer.model.train()
     return trainer
 
