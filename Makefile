@@ -18,13 +18,18 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 QUANTIZATION ?= .venv-quantization
 QUANTIZATION_STAMP := $(QUANTIZATION)/.installed
 
-.PHONY: help install test test-slow test-vllm test-quantization lint format demo figure2 clean
+# The same, with Triton alone
+TRITON ?= .venv-triton
+TRITON_STAMP := $(TRITON)/.installed
+
+.PHONY: help install test test-slow test-vllm test-quantization test-triton lint format demo figure2 clean
 
 help:
 	@echo "make test      run the tests, in minutes (ARGS=... goes to pytest, WORKERS=... is the number of processes)"
 	@echo "make test-slow run the slow tests: many ranks, notebooks"
 	@echo "make test-vllm run the tests on vLLM's CPU build, in an environment of their own (4 GB)"
 	@echo "make test-quantization run the tests of QLoRA, with bitsandbytes' CPU build"
+	@echo "make test-triton run the tests with TRL's Triton kernels, in Triton's interpreter (1 GB)"
 	@echo "make demo      warm-start a small policy and improve it with PROMA, on CPU, in minutes (ARGS=... goes to the demo)"
 	@echo "make figure2   compare PROMA with GRPO and REINFORCE on CPU, in under 20 minutes on 2 cores (ARGS=... goes to the recipe)"
 	@echo "make lint      check style and formatting"
@@ -61,6 +66,13 @@ $(QUANTIZATION_STAMP): $(STAMP) requirements/tested_quantization.txt
 test-quantization: $(QUANTIZATION_STAMP)
 	PYTHONPATH="$(QUANTIZATION)" $(RUN) -m pytest tests/trainer/test_quantization.py $(ARGS)
 
+$(TRITON_STAMP): $(STAMP) requirements/tested_triton.txt
+	$(RUN) -m pip --disable-pip-version-check install --no-deps --upgrade --target "$(TRITON)" --requirement requirements/tested_triton.txt
+	@touch $@
+
+test-triton: $(TRITON_STAMP)
+	PYTHONPATH="$(TRITON)" TRITON_INTERPRET=1 $(RUN) -m pytest tests/trainer/test_triton.py $(ARGS)
+
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -76,4 +88,4 @@ figure2: $(STAMP)
 	$(RUN) recipes/figure2.py --config recipes/configs/figure2_cpu.yaml --output_dir runs/figure2_cpu $(ARGS)
 
 clean:
-	rm -rf "$(VENV)" "$(VLLM_VENV)" .pytest_cache .ruff_cache build dist *.egg-info runs
+	rm -rf "$(VENV)" "$(VLLM_VENV)" "$(QUANTIZATION)" "$(TRITON)" .pytest_cache .ruff_cache build dist *.egg-info runs
