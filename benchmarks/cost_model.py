@@ -15,9 +15,10 @@ of a node, and 400 Gb/s of InfiniBand for each GPU between nodes. The assumption
 - What a variant adds runs after the products, not beside them. It takes the larger of its operations at 65% of
   the peak and its bytes at 85% of the bandwidth, for the matrices of the body. The head is left out: what its sequence
   gradients cost depends on the memory budget.
-- Accumulation-based: 24 bytes for each weight and sequence (sequence gradients in float32: written, copied, and read
-  three times), and 2 k (k + 2) operations a weight. A local scope keeps 4 bytes a parameter on every GPU (2 with
-  `projection_accumulator_dtype="bfloat16"`), a global one 4 / W. A global scope sends 4 (k + 1) (W - 1) / W bytes a
+- Accumulation-based: 6 k + 12 bytes for each weight (k sequence gradients in bfloat16, written once and read twice;
+  what has been accumulated, read, and written and read as one more of them; the sum, written in float32), and
+  2 k (k + 2) operations a weight. A local scope keeps 4 bytes a parameter on every GPU (2 with
+  `projection_accumulator_dtype="bfloat16"`), a global one 4 / W. A global scope sends 2 (k + 1) (W - 1) / W bytes a
   parameter from each GPU.
 - Intra-PROMA, dimension 10 (16 columns), one power iteration: 6 N columns (inputs + outputs) + 4 columns * weights
   operations; inputs and output gradients are read three times in bfloat16, inputs once for all layers that read them,
@@ -90,7 +91,7 @@ def ordinary_seconds(model: Model, k: int, tokens: int) -> float:
 
 def accumulation_seconds(model: Model, k: int) -> float:
     """What the accumulation-based variant adds."""
-    return seconds(2 * k * (k + 2) * model.body, 24 * k * model.body)
+    return seconds(2 * k * (k + 2) * model.body, (6 * k + 12) * model.body)
 
 
 def exchange_seconds(model: Model, k: int, gpus: int) -> float:
@@ -100,7 +101,7 @@ def exchange_seconds(model: Model, k: int, gpus: int) -> float:
 
 def sent_bytes(model: Model, k: int, gpus: int) -> float:
     """What a global scope sends from each GPU for a microbatch."""
-    return 4 * (k + 1) * (gpus - 1) / gpus * model.parameters
+    return 2 * (k + 1) * (gpus - 1) / gpus * model.parameters
 
 
 def intra_seconds(model: Model, k: int, tokens: int) -> float:

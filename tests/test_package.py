@@ -13,7 +13,7 @@ import proma_trl
 PACKAGE = Path(proma_trl.__file__).parent
 # From the trainer down to the mathematics: a layer may import those below it
 LAYERS = ["tools", "trainer", "accumulation", "intra", "sequence_grads", "backends", "rules", "trust_region"]
-HELPERS = ["torch_internals", "validation"]
+HELPERS = ["devices", "torch_internals", "validation"]
 
 
 def imports(path):
