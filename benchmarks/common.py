@@ -9,13 +9,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from shapes import SHAPES, Shape
 from tokenizers import Tokenizer, models
 from transformers import (
     PreTrainedTokenizerFast,
@@ -38,28 +39,6 @@ QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 ALGORITHMS = ("proma", "proma_intra", "proma_both")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a dense Qwen3."""
-
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    tied: bool
-
-
-# The published models
-SHAPES = {
-    "0.6B": Shape(1024, 28, 3072, 16, 8, 128, 151_936, True),
-    "1.7B": Shape(2048, 28, 6144, 16, 8, 128, 151_936, True),
-    "8B": Shape(4096, 36, 12_288, 32, 8, 128, 151_936, False),
-}
 
 
 class _ModelAction(argparse.Action):

@@ -28,24 +28,18 @@ of a node, and 400 Gb/s of InfiniBand for each GPU between nodes. The assumption
 import argparse
 from dataclasses import dataclass
 
+from shapes import SHAPES, Shape
+
 PEAK, BANDWIDTH, NVLINK, INFINIBAND, NODE = 989e12, 3.35e12, 450e9, 50e9, 8
 OF_PEAK, OF_BANDWIDTH = 0.65, 0.85
 COLUMNS = 16
 
 
 @dataclass(frozen=True)
-class Model:
-    """The shape of a decoder with gated feed-forward layers."""
+class Model(Shape):
+    """A model by name, and what follows from its sizes."""
 
     name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    tied: bool
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
@@ -71,9 +65,9 @@ class Model:
 
 
 MODELS = (
-    Model("0.6B (Qwen3-0.6B)", 28, 1024, 3072, 16, 8, 128, 151_936, True),
-    Model("7B (Qwen2.5-7B)", 28, 3584, 18_944, 28, 4, 128, 152_064, False),
-    Model("70B (Llama-3.1-70B)", 80, 8192, 28_672, 64, 8, 128, 128_256, False),
+    Model(**vars(SHAPES["0.6B"]), name="0.6B (Qwen3-0.6B)"),
+    Model(3584, 28, 18_944, 28, 4, 128, 152_064, False, name="7B (Qwen2.5-7B)"),
+    Model(8192, 80, 28_672, 64, 8, 128, 128_256, False, name="70B (Llama-3.1-70B)"),
 )
 
 

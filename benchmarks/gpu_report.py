@@ -520,24 +520,26 @@ def render_tests(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def render_step_time(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Seconds of an optimizer step."""
+def render_beside_grpo(
+    heading: str, show: Callable[[Mapping[str, Any]], str], found: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[str]:
+    """A figure of each shape and algorithm, and its ratio to GRPO's."""
     rows = [
-        [row["length"], row["sequences"], row["algorithm"], f"{row['seconds']:.3f}", f"{row['ratio']:.3f}"]
+        [row["length"], row["sequences"], row["algorithm"], show(row), f"{row['ratio']:.3f}"]
         for shape in found
         for row in shape
     ]
-    return markdown_table(["T", "k", "Algorithm", "Seconds a step", "Ratio to GRPO"], rows)
+    return markdown_table(["T", "k", "Algorithm", heading, "Ratio to GRPO"], rows)
+
+
+def render_step_time(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Seconds of an optimizer step."""
+    return render_beside_grpo("Seconds a step", lambda row: f"{row['seconds']:.3f}", found)
 
 
 def render_memory(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     """Peak memory of processes of their own."""
-    rows = [
-        [row["length"], row["sequences"], row["algorithm"], f"{row['peak_bytes'] / 2**30:.2f}", f"{row['ratio']:.3f}"]
-        for shape in found
-        for row in shape
-    ]
-    return markdown_table(["T", "k", "Algorithm", "Peak, GiB", "Ratio to GRPO"], rows)
+    return render_beside_grpo("Peak, GiB", lambda row: f"{row['peak_bytes'] / 2**30:.2f}", found)
 
 
 def render_recipe(found: Sequence[Mapping[str, Any]]) -> list[str]:

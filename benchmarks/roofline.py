@@ -61,7 +61,6 @@ import trl.kernels.chunked_logprob as chunked_logprob
 import trl.trainer.utils as trl_utils
 from common import (
     ALGORITHMS,
-    SHAPES,
     make_inputs,
     make_parser,
     make_prepared_trainer,
@@ -71,6 +70,7 @@ from common import (
     take_turns,
     write,
 )
+from shapes import SHAPES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

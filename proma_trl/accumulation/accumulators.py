@@ -125,7 +125,7 @@ class Accumulator(ABC):
 
     @abstractmethod
     def _part(self, acc: torch.Tensor | None, param: nn.Parameter, start: int, stop: int) -> torch.Tensor:
-        """`acc` at those entries of the rows that `_share` returns, flat."""
+        """`acc` at those entries of the rows `start:stop` that this rank sums, flat."""
 
     def _vectors(self, grads: TensorGrads, start: int, stop: int, acc: torch.Tensor | None) -> torch.Tensor:
         """All sequences at the entries that this rank sums, `(n, m)`; with `acc` as the last of them, `(n + 1, m)`."""
