@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .trainer import DPPOConfig, DPPOTrainer, PROMAConfig, PROMATrainer
     from .trust_region import TrustRegion
 
+__version__ = "0.2.0"
+
 _HOMES = {
     "Chain": "rules",
     "DPPOConfig": "trainer",

@@ -19,9 +19,8 @@ import time
 from pathlib import Path
 from typing import get_args
 
-from gsm8k import Algorithm
-from word_problems import HELD_OUT, write_task
-
+from proma_trl.recipes.training import Algorithm
+from proma_trl.recipes.word_problems import HELD_OUT, write_task
 from proma_trl.tools.callbacks import ACCURACY
 from proma_trl.tools.curves import read_curves
 

@@ -27,8 +27,8 @@ from statistics import fmean
 
 from tqdm import tqdm
 from trl import TrlParser
-from word_problems import LEVELS, write_problems, write_task
 
+from proma_trl.recipes.word_problems import LEVELS, write_problems, write_task
 from proma_trl.tools.curves import METRICS, read_curves, summarize
 from proma_trl.tools.figures import draw_runs, draw_sweep
 

@@ -57,14 +57,8 @@ def load_gsm8k(
     Loads problems in the form of GSM8K: a column `question`, and a column `answer` that ends with `#### <number>`.
 
     Args:
-        dataset_name (`str`):
-            A dataset on the Hugging Face Hub, or a local one: a folder with a JSON Lines, JSON or Parquet file per
-            split (`train.jsonl`, `test.jsonl`), a folder written by `save_to_disk`, or a single file, whose only split
-            is `train`.
-        dataset_config (`str`, *optional*):
-            The dataset's configuration on the Hub. Local data without configurations ignore it.
-        split (`str`):
-            The split to load. Slices such as `train[:90%]` work, except in a `save_to_disk` folder.
+        dataset_name (`str`), dataset_config (`str`, *optional*), split (`str`):
+            See [`load_columns`].
         conversational (`bool`):
             Whether prompts are lists of messages, for a tokenizer with a chat template, or strings.
         examples (`Sequence[tuple[str, str]]`):
@@ -78,7 +72,7 @@ def load_gsm8k(
         `FileNotFoundError`: The dataset is neither there nor on the Hub.
         `ValueError`: It has no such split, configuration or columns, or an answer that does not end as GSM8K's do.
     """
-    rows = _load_problems(dataset_name, dataset_config, split)
+    rows = load_columns(dataset_name, dataset_config, split, ("question", "answer"))
     answers = [gold_answer(solution) for solution in rows["answer"]]
     if None in answers:
         row = answers.index(None)
@@ -101,11 +95,30 @@ def solved_examples(
     Raises:
         `FileNotFoundError`, `ValueError`: As [`load_gsm8k`].
     """
-    rows = _load_problems(dataset_name, dataset_config, split).select(range(count))
+    rows = load_columns(dataset_name, dataset_config, split, ("question", "answer")).select(range(count))
     return [(row["question"], _CALCULATOR.sub("", row["answer"])) for row in rows]
 
 
-def _load_problems(dataset_name: str, dataset_config: str | None, split: str) -> Dataset:
+def load_columns(dataset_name: str, dataset_config: str | None, split: str, columns: Sequence[str]) -> Dataset:
+    """
+    Loads one split of a dataset that has to have some columns.
+
+    Args:
+        dataset_name (`str`):
+            A dataset on the Hugging Face Hub, or a local one: a folder with a JSON Lines, JSON or Parquet file per
+            split (`train.jsonl`, `test.jsonl`), a folder written by `save_to_disk`, or a single file, whose only split
+            is `train`.
+        dataset_config (`str`, *optional*):
+            The dataset's configuration on the Hub. Local data without configurations ignore it.
+        split (`str`):
+            The split to load. Slices such as `train[:90%]` work, except in a `save_to_disk` folder.
+        columns (`Sequence[str]`):
+            The columns that it has to have; others are kept.
+
+    Raises:
+        `FileNotFoundError`: The dataset is neither there nor on the Hub.
+        `ValueError`: It has no such split, configuration or columns.
+    """
     try:
         rows = _load_split(dataset_name, dataset_config, split)
     except (FileNotFoundError, ConnectionError, DatasetNotFoundError) as error:
@@ -119,14 +132,14 @@ def _load_problems(dataset_name: str, dataset_config: str | None, split: str) ->
             f"dataset_name={dataset_name!r} with dataset_config={dataset_config!r} has no split {split!r}: {error} "
             "Set dataset_train_split and dataset_test_split to splits that it has. A single file has only the split "
             "'train', whose slices can serve as both ('train[:90%]' and 'train[90%:]'). Without problems to hold out, "
-            "switch the evaluation off with eval_every=0."
+            "switch the evaluation off (eval_every=0, eval_strategy=no)."
         ) from error
 
-    missing = [column for column in ("question", "answer") if column not in rows.column_names]
+    missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise ValueError(
             f"dataset_name={dataset_name!r} lacks the column(s) {', '.join(missing)}; it has "
-            f"{', '.join(rows.column_names)}. Rename its columns to question and answer."
+            f"{', '.join(rows.column_names)}. Rename its columns to {' and '.join(columns)}."
         )
     return rows
 

@@ -7,9 +7,11 @@ import sys
 import time
 from dataclasses import replace
 
-import gsm8k as recipe
 import pytest
 from support.recipe import ROOT
+
+from proma_trl.recipes import gsm8k as recipe
+from proma_trl.recipes.training import make_parser
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
@@ -300,7 +302,7 @@ def test_command_of_the_recipe(has_vllm, monkeypatch, tmp_path):
     assert (ROOT / launcher[3]).exists()
     monkeypatch.chdir(ROOT)
     options = [*command.arguments[start + 1 :], "--use_cpu"]
-    args, training_args, model_args, *_ = recipe.make_parser("proma").parse_args_and_config(options)
+    args, training_args, model_args, *_ = make_parser(recipe.GSM8KArguments, "proma").parse_args_and_config(options)
     assert (training_args.max_steps, args.eval_every, training_args.seed) == (20, 0, 3)
     assert (model_args.model_name_or_path, args.dataset_name) == (str(tmp_path / "policy"), "a/name")
     assert training_args.output_dir == str(tmp_path / "run")

@@ -1,9 +1,9 @@
 import json
 import sys
 
-import demo
 import pytest
-import word_problems
+
+from proma_trl.recipes import demo, word_problems
 
 
 @pytest.mark.parametrize(("after", "succeeds"), [(0.45, False), (0.51, True)])

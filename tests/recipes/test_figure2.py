@@ -2,11 +2,13 @@ import json
 import os
 import sys
 
-import figure2
-import gsm8k
 import pytest
 import yaml
 from support.recipe import ROOT, make_settings
+
+from proma_trl.recipes import figure2
+from proma_trl.recipes.gsm8k import GSM8KArguments
+from proma_trl.recipes.training import make_parser
 
 # In place of the recipe: leaves what a run leaves, and fails where it is told to
 STUB = """
@@ -168,7 +170,8 @@ def test_configs_are_valid(tmp_path, monkeypatch, config):
     for run in given:
         algorithm = run.settings()["--algorithm"]
         options = [*run.options, "--use_cpu", "true", "--output_dir", str(tmp_path)]
-        args, training_args, model_args, *_ = gsm8k.make_parser(algorithm).parse_args_and_config(options)
+        parser = make_parser(GSM8KArguments, algorithm)
+        args, training_args, model_args, *_ = parser.parse_args_and_config(options)
         assert args.kl_every > 0 and args.eval_every > 0
         assert model_args.model_name_or_path
         assert training_args.generation_batch_size % training_args.num_generations == 0

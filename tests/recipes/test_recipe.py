@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gsm8k as recipe
 import pytest
 import torch
 import yaml
@@ -21,6 +20,9 @@ from support.recipe import (
 )
 from support.tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from proma_trl.recipes import gsm8k as recipe
+from proma_trl.recipes import training
 
 CARD_NAMES = {
     "proma": "PROMA",
@@ -112,8 +114,8 @@ def test_baselines_differ_from_proma_in_one_setting(tmp_path, settings, monkeypa
 
         return construct
 
-    monkeypatch.setattr(recipe, "PROMATrainer", remember("PROMATrainer"))
-    monkeypatch.setattr(recipe, "GRPOTrainer", remember("GRPOTrainer"))
+    monkeypatch.setattr(training, "PROMATrainer", remember("PROMATrainer"))
+    monkeypatch.setattr(training, "GRPOTrainer", remember("GRPOTrainer"))
     config, seen = write_config(tmp_path, settings), {}
     for algorithm in ("proma", "reinforce", "grpo"):
         with pytest.raises(Constructed) as constructed:
@@ -134,10 +136,10 @@ def test_baselines_differ_from_proma_in_one_setting(tmp_path, settings, monkeypa
 
 def test_algorithm_in_the_file(tmp_path, settings):
     config = write_config(tmp_path, settings | {"algorithm": "grpo"})
-    assert recipe.choose_algorithm(["--config", config]) == "grpo"
-    assert recipe.choose_algorithm(["--config", config, "--algorithm", "reinforce"]) == "reinforce"
-    assert recipe.choose_algorithm(["--config", config, "--algorithm=reinforce"]) == "reinforce"
-    assert recipe.choose_algorithm([]) == "proma"
+    assert training.choose_algorithm(["--config", config]) == "grpo"
+    assert training.choose_algorithm(["--config", config, "--algorithm", "reinforce"]) == "reinforce"
+    assert training.choose_algorithm(["--config", config, "--algorithm=reinforce"]) == "reinforce"
+    assert training.choose_algorithm([]) == "proma"
 
 
 def test_adapters(tmp_path, settings):
@@ -225,7 +227,8 @@ CONFIGS = [path for path in sorted((ROOT / "recipes" / "configs").glob("*.yaml")
 def test_configs_are_valid(tmp_path, config, algorithm):
     # bf16 on a machine without a GPU needs use_cpu.
     arguments = ["--config", str(config), "--algorithm", algorithm, "--use_cpu", "--output_dir", str(tmp_path)]
-    args, training_args, model_args, *_ = recipe.make_parser(algorithm).parse_args_and_config(arguments)
+    parser = training.make_parser(recipe.GSM8KArguments, algorithm)
+    args, training_args, model_args, *_ = parser.parse_args_and_config(arguments)
     assert args.algorithm == algorithm
     assert model_args.model_name_or_path
     assert training_args.generation_batch_size % training_args.num_generations == 0

@@ -2,8 +2,8 @@ import json
 import re
 
 import pytest
-import word_problems
 
+from proma_trl.recipes import word_problems
 from proma_trl.tools.data import gold_answer, tokenize_prompts
 from proma_trl.tools.rewards import accuracy_reward, format_reward
 

@@ -15,8 +15,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-import gsm8k
+from proma_trl.recipes import gsm8k
 
 push = Trainer._push_from_checkpoint
 

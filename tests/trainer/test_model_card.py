@@ -1,7 +1,6 @@
 import importlib.util
 import math
 
-import gsm8k as recipe
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 from support.harness import LORA, make_trainer
@@ -10,6 +9,7 @@ from support.recipe import make_settings, read_metrics, write_config
 from transformers import pipeline
 from trl import GRPOTrainer
 
+from proma_trl.recipes import gsm8k as recipe
 from proma_trl.tools.data import load_gsm8k
 from proma_trl.trainer.model_card import CardDataset, complete_model_card, final_result
 

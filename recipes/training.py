@@ -1,0 +1,226 @@
+"""What the recipes that train have in common: options, the choice of the algorithm, what a run leaves behind."""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import trl
+import yaml
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from proma_trl import DPPOConfig, DPPOTrainer, PROMAConfig, PROMATrainer
+from proma_trl.tools.callbacks import ACCURACY, JSONLMetrics
+from proma_trl.tools.curves import read_curves
+from proma_trl.tools.figures import PANELS, draw_runs
+from proma_trl.tools.policy_metrics import PolicyMetrics
+from proma_trl.trainer.model_card import FIGURE, CardDataset, ModelCardMixin
+
+Algorithm = Literal["proma", "proma_intra", "proma_both", "isopo", "dppo", "reinforce", "grpo"]
+
+# The dimension of Intra-PROMA's subspaces in the paper's best runs
+INTRA_DIM = 10
+
+
+@dataclass
+class RunArguments:
+    """What all recipes ask for beside the trainer's and the model's settings."""
+
+    algorithm: Algorithm = field(
+        default="proma",
+        metadata={
+            "help": "How policy gradients become updates: `proma`, the accumulation-based variant, with ISOPO before "
+            "it where `isopo` is set; `proma_intra`, Intra-PROMA, with an `intra_dim` of 10 unless it is set; "
+            "`proma_both`, both variants; `isopo` alone, `natural` unless `isopo` is set; `dppo`, DPPO's trust region "
+            "alone, which all of the others have, too, where `divergence` is set; `reinforce`, which is none of "
+            "these; or `grpo`, TRL's own GRPOTrainer with its clipping. One file of settings serves them all: an "
+            "algorithm leaves the settings of the methods that it does not have unused."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Problems whose prompt has more tokens are not trained on."}
+    )
+    kl_every: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps between two measurements of the KL divergence between the policies before and "
+            "after a step (`kl/local`), and from the initial policy (`kl/global`). A measured step "
+            "takes about one and a half times as long. 0 switches them off."
+        },
+    )
+    kl_lag: int | None = field(
+        default=None,
+        metadata={"help": "Also measure `kl/lagged`, from the policy as many optimizer steps earlier."},
+    )
+    kl_exact: bool = field(
+        default=False,
+        metadata={"help": "Sum KL divergences over the whole vocabulary instead of estimating them: small models."},
+    )
+
+    def __post_init__(self):
+        if self.kl_every < 0:
+            raise ValueError(f"kl_every={self.kl_every} is negative. Set it to 0 to switch it off.")
+
+
+class GRPOTrainer(ModelCardMixin, trl.GRPOTrainer):
+    """TRL's trainer. Its model card says as much as PROMA's."""
+
+    _card_settings = ("epsilon", "epsilon_high", "beta")
+
+
+def choose_algorithm(arguments: list[str]) -> str:
+    """Finds the algorithm on the command line or in the YAML file: it decides which other options there are."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--algorithm")
+    early.add_argument("--config")
+    known, _ = early.parse_known_args(arguments)
+    algorithm = known.algorithm
+    if known.config is not None:
+        if not os.path.isfile(known.config):
+            early.error(f"--config: there is no file {known.config!r}")
+        with open(known.config) as file:
+            settings = yaml.safe_load(file)
+        if algorithm is None and isinstance(settings, dict):
+            algorithm = settings.get("algorithm")
+    algorithm = algorithm or RunArguments.algorithm
+    if algorithm not in get_args(Algorithm):
+        early.error(f"--algorithm: {algorithm!r} is none of {', '.join(get_args(Algorithm))}")
+    return algorithm
+
+
+def make_parser(recipe: type[RunArguments], algorithm: str, description: str | None = None) -> TrlParser:
+    """Returns the parser of all options: the recipe's, the trainer's and the model's."""
+    if algorithm == "grpo":
+        # One YAML file serves all algorithms, so PROMA's own fields are taken here too, and left unused.
+        inherited = {inherited_field.name for inherited_field in dataclasses.fields(GRPOConfig)}
+        projection_arguments = dataclasses.make_dataclass(
+            "ProjectionArguments",
+            [
+                (own.name, own.type, field(default=own.default, metadata=own.metadata))
+                for own in dataclasses.fields(PROMAConfig)
+                if own.name not in inherited
+            ],
+        )
+        groups = [recipe, GRPOConfig, ModelConfig, projection_arguments]
+    else:
+        groups = [recipe, DPPOConfig if algorithm == "dppo" else PROMAConfig, ModelConfig]
+    parser = TrlParser(groups, description=description, formatter_class=HelpFormatter)
+    # TrlParser reads the file itself, before argparse sees the option. This is for --help.
+    parser.add_argument(
+        "--config", help="A YAML file with any of these options; the command line wins.", default=argparse.SUPPRESS
+    )
+    return parser
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind every option, and the description's lines as they are."""
+
+
+def parse(
+    recipe: type[RunArguments], arguments: list[str], description: str | None
+) -> tuple[RunArguments, GRPOConfig, ModelConfig]:
+    """
+    Parses the options of a recipe, of the trainer and of the model, from the command line and from a YAML file.
+
+    Raises:
+        SystemExit: For an unknown algorithm or file.
+        ValueError: For settings that are unknown, out of range, or not available together.
+    """
+    algorithm = choose_algorithm(arguments)
+    args, training_args, model_args, *_ = make_parser(recipe, algorithm, description).parse_args_and_config(arguments)
+    if algorithm != "grpo":
+        set_methods(algorithm, training_args)
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set. Set it to a model on the Hugging Face Hub or a local folder.")
+    return args, training_args, model_args
+
+
+def set_methods(algorithm: str, training_args: PROMAConfig) -> None:
+    """Switches on the methods that an algorithm has, and off those that it does not have."""
+    if not algorithm.startswith("proma") or algorithm == "proma_intra":
+        training_args.projection = "none"
+    if algorithm not in ("proma_intra", "proma_both"):
+        training_args.intra_dim = 0
+    elif training_args.intra_dim == 0:
+        training_args.intra_dim = INTRA_DIM
+    if algorithm in ("proma_intra", "dppo", "reinforce"):
+        training_args.isopo = "none"
+    elif algorithm == "isopo" and training_args.isopo == "none":
+        training_args.isopo = "natural"
+    if algorithm == "reinforce":
+        training_args.divergence = None
+
+
+def make_trainer(
+    args: RunArguments,
+    training_args: GRPOConfig,
+    model_args: ModelConfig,
+    reward_funcs: list[Callable[..., list[float | None]]],
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+) -> trl.GRPOTrainer:
+    """Returns the algorithm's trainer, which writes `metrics.jsonl`."""
+    init_kwargs: dict[str, Any] = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    training_args.model_init_kwargs = init_kwargs | (training_args.model_init_kwargs or {})
+    trainer_class = {"grpo": GRPOTrainer, "dppo": DPPOTrainer}.get(args.algorithm, PROMATrainer)
+    return trainer_class(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset if training_args.eval_strategy != "no" else None,
+        processing_class=processing_class,
+        callbacks=[JSONLMetrics()],
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def run(trainer: trl.GRPOTrainer, args: RunArguments, card_dataset: CardDataset) -> None:
+    """Trains, from a checkpoint if the settings say so, and saves or pushes what the run leaves behind."""
+    training_args = trainer.args
+    if args.kl_every > 0:
+        trainer.add_callback(PolicyMetrics(trainer, args.kl_every, lag=args.kl_lag, exact=args.kl_exact))
+    # A card names datasets that others can find.
+    if not os.path.exists(card_dataset.name):
+        trainer.card_dataset = card_dataset
+
+    resume = {"true": True, "false": None}.get(
+        str(training_args.resume_from_checkpoint).lower(), training_args.resume_from_checkpoint
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    accuracies = [record[ACCURACY] for record in trainer.state.log_history if ACCURACY in record]
+    if accuracies:
+        trainer.accelerator.print(f"Greedy accuracy: {accuracies[0]:.1%} before training, {accuracies[-1]:.1%} after.")
+
+    if trainer.is_world_process_zero():
+        draw_figure(Path(training_args.output_dir), args.algorithm)
+    if training_args.push_to_hub:
+        # Saves what it pushes.
+        trainer.push_to_hub()
+        trainer.accelerator.print(f"Pushed the run to {trainer.hub_model_id}.")
+    else:
+        trainer.save_model(training_args.output_dir)
+        trainer.create_model_card(model_name=Path(training_args.output_dir).name)
+    trainer.accelerator.print(f"Saved the policy, its card and metrics.jsonl in {training_args.output_dir}.")
+    # Closes trackers and process groups, when the main process, too, has written what it has to.
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+def draw_figure(folder: Path, algorithm: str) -> None:
+    """Draws the run for its model card, where matplotlib is installed and all that the figure shows was measured."""
+    curves = read_curves(folder)
+    if importlib.util.find_spec("matplotlib") and curves.keys() >= PANELS.keys():
+        draw_runs({algorithm: [curves]}, folder / Path(FIGURE).stem)
