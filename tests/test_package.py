@@ -2,15 +2,20 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 
 import proma_trl
 
 PACKAGE = Path(proma_trl.__file__).parent
+ROOT = Path(__file__).parents[1]
 # From the trainer down to the mathematics: a layer may import those below it
 LAYERS = ["tools", "trainer", "accumulation", "intra", "sequence_grads", "backends", "rules", "trust_region"]
 HELPERS = ["devices", "torch_internals", "validation"]
@@ -96,3 +101,30 @@ def test_former_names_of_the_mathematics():
         rank_tolerance(3, torch.float64, torch.float64),
     )
     torch.testing.assert_close(-solution.coefficients @ sequences, project_exact(acc, sequences))
+
+
+def test_the_wheel_holds_every_folder():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "proma_trl").rglob("__init__.py")}
+    names = {".".join(folder.parts) for folder in folders} | {"proma_trl.recipes"}
+    assert set(settings["packages"]) == names
+    patterns = settings["package-data"]["proma_trl.recipes"]
+    packed = {path for pattern in patterns for path in (ROOT / "recipes").glob(pattern)}
+    assert packed == set((ROOT / "recipes").rglob("*.yaml"))
+
+
+def test_one_version():
+    assert metadata.version("proma-trl") == proma_trl.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == proma_trl.__version__
+    versions = re.findall(r"^## \[(\d\S*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == proma_trl.__version__
+
+
+def test_citations_agree():
+    """CITATION.cff, the README and the model card cite the same paper."""
+    from proma_trl import PROMATrainer
+
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    title, number = paper["title"], paper["url"].rpartition("/")[2]
+    for text in ((ROOT / "README.md").read_text(), PROMATrainer._paper["citation"]):
+        assert title in text and number in text
