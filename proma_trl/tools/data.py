@@ -132,7 +132,7 @@ def load_columns(dataset_name: str, dataset_config: str | None, split: str, colu
             f"dataset_name={dataset_name!r} with dataset_config={dataset_config!r} has no split {split!r}: {error} "
             "Set dataset_train_split and dataset_test_split to splits that it has. A single file has only the split "
             "'train', whose slices can serve as both ('train[:90%]' and 'train[90%:]'). Without problems to hold out, "
-            "switch the evaluation off (eval_every=0, eval_strategy=no)."
+            "switch the evaluation off: eval_every=0 and eval_strategy=no."
         ) from error
 
     missing = [column for column in columns if column not in rows.column_names]
