@@ -22,7 +22,15 @@ QUANTIZATION_STAMP := $(QUANTIZATION)/.installed
 TRITON ?= .venv-triton
 TRITON_STAMP := $(TRITON)/.installed
 
-.PHONY: help install test test-slow test-vllm test-quantization test-triton lint format demo figure2 clean
+# The lower bounds of pyproject.toml
+OLDEST ?= .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
+
+# Over the environment again: what the documentation is built with
+DOCS ?= .venv-docs
+DOCS_STAMP := $(DOCS)/.installed
+
+.PHONY: help install test test-slow test-vllm test-quantization test-triton test-oldest test-newest test-matrix docs docs-serve package lint format demo figure2 clean
 
 help:
 	@echo "make test      run the tests, in minutes (ARGS=... goes to pytest, WORKERS=... is the number of processes)"
@@ -30,14 +38,20 @@ help:
 	@echo "make test-vllm run the tests on vLLM's CPU build, in an environment of their own (4 GB)"
 	@echo "make test-quantization run the tests of QLoRA, with bitsandbytes' CPU build"
 	@echo "make test-triton run the tests with TRL's Triton kernels, in Triton's interpreter (1 GB)"
+	@echo "make test-oldest run the core tests (tests/core.txt) with the oldest versions that pyproject.toml allows"
+	@echo "make test-newest run them with the newest versions on the registry, whatever pyproject.toml allows"
+	@echo "make test-matrix run them with each release of TRL in the range, and write docs/compatibility.md's table"
 	@echo "make demo      warm-start a small policy and improve it with PROMA, on CPU, in minutes (ARGS=... goes to the demo)"
 	@echo "make figure2   compare PROMA with GRPO and REINFORCE on CPU, in under 20 minutes on 2 cores (ARGS=... goes to the recipe)"
+	@echo "make docs      build the documentation in site/; a warning is an error"
+	@echo "make docs-serve build it and serve it on this machine, again after each change"
+	@echo "make package   build the sdist and the wheel, check them, and use the wheel in an environment of its own (1 GB)"
 	@echo "make lint      check style and formatting"
 	@echo "make format    repair style and formatting"
 	@echo "make install   only make the virtual environment"
 	@echo "make clean     remove the virtual environment, caches and runs"
 
-$(STAMP): requirements/tested.txt pyproject.toml scripts/install.sh
+$(STAMP): requirements/tested.txt pyproject.toml scripts/install.sh scripts/environment.sh
 	PYTHON="$(PYTHON)" bash scripts/install.sh "$(VENV)"
 	@touch $@
 
@@ -52,7 +66,7 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -m slow $(ARGS)
 
-$(VLLM_STAMP): requirements/tested_vllm.txt pyproject.toml scripts/install_vllm.sh
+$(VLLM_STAMP): requirements/tested_vllm.txt pyproject.toml scripts/install_vllm.sh scripts/environment.sh
 	PYTHON="$(PYTHON)" bash scripts/install_vllm.sh "$(VLLM_VENV)"
 	@touch $@
 
@@ -73,6 +87,35 @@ $(TRITON_STAMP): $(STAMP) requirements/tested_triton.txt
 test-triton: $(TRITON_STAMP)
 	PYTHONPATH="$(TRITON)" TRITON_INTERPRET=1 $(RUN) -m pytest tests/trainer/test_triton.py $(ARGS)
 
+$(OLDEST_STAMP): requirements/tested_oldest.txt pyproject.toml scripts/install.sh scripts/environment.sh
+	PYTHON="$(PYTHON)" bash scripts/install.sh "$(OLDEST)" requirements/tested_oldest.txt
+	@touch $@
+
+# Tests that run on every version of what is extended
+test-oldest: $(OLDEST_STAMP)
+	$(OLDEST)/bin/python -m pytest @tests/core.txt $(ARGS)
+
+test-newest: $(STAMP)
+	$(RUN) scripts/test_matrix.py newest
+
+test-matrix: $(STAMP)
+	$(RUN) scripts/test_matrix.py releases $(ARGS)
+
+$(DOCS_STAMP): $(STAMP) requirements/tested_docs.txt
+	$(RUN) -m pip --disable-pip-version-check install --no-deps --upgrade --target "$(DOCS)" --requirement requirements/tested_docs.txt
+	@touch $@
+
+MKDOCS := PYTHONPATH="$(DOCS)" NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs
+
+docs: $(DOCS_STAMP)
+	$(MKDOCS) build --strict $(ARGS)
+
+docs-serve: $(DOCS_STAMP)
+	$(MKDOCS) serve $(ARGS)
+
+package:
+	PYTHON="$(PYTHON)" bash scripts/check_package.sh $(ARGS)
+
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -88,4 +131,4 @@ figure2: $(STAMP)
 	$(RUN) recipes/figure2.py --config recipes/configs/figure2_cpu.yaml --output_dir runs/figure2_cpu $(ARGS)
 
 clean:
-	rm -rf "$(VENV)" "$(VLLM_VENV)" "$(QUANTIZATION)" "$(TRITON)" .pytest_cache .ruff_cache build dist *.egg-info runs
+	rm -rf "$(VENV)" "$(VLLM_VENV)" "$(QUANTIZATION)" "$(TRITON)" "$(DOCS)" "$(OLDEST)" .venv-matrix .venv-package site .pytest_cache .ruff_cache build dist *.egg-info runs

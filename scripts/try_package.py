@@ -1,10 +1,10 @@
 """
-Uses the installed package as someone does who has nothing else: the command, the recipes, the settings that come along.
+Uses the installed package as someone does who has nothing else: the command, the recipes, the settings with them.
 
     python scripts/try_package.py checkout [--demo]
 
-Fails where a part is missing, or where a file of `checkout` is used in place of the installed one. Works in a temporary
-folder, without network.
+Fails where a part is missing, or where a file of `checkout` is used in place of the installed one. Works in a
+temporary folder, without network.
 """
 
 import argparse
@@ -16,10 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-REWARDS = '''
+REWARDS = """
 def brevity(completions, **kwargs):
     return [-float(len(completion[0]["content"])) for completion in completions]
-'''
+"""
 
 
 def check_files(checkout: Path) -> None:
@@ -30,7 +30,9 @@ def check_files(checkout: Path) -> None:
 
     for module in (proma_trl, cli, demo, figure2, gsm8k, train, word_problems):
         place = Path(module.__file__).resolve()
-        assert not place.is_relative_to(checkout) or "site-packages" in place.parts, f"{place} is not the installed one"
+        assert not place.is_relative_to(checkout) or "site-packages" in place.parts, (
+            f"{place} is not the installed one"
+        )
     assert (Path(proma_trl.__file__).parent / "py.typed").is_file(), "py.typed is missing"
     assert importlib.metadata.version("proma-trl") == proma_trl.__version__
     for folder in ("configs", "accelerate"):

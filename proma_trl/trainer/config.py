@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 from trl import GRPOConfig
@@ -13,7 +13,9 @@ from ..rules import PROMA, Chain, UpdateRule
 from ..rules.isopo import ISOPO
 from ..trust_region import TrustRegion
 from ..validation import check_choice, check_real, check_whole
+from .grpo_fields import KNOWN, LOSS_TYPES, REFUSED
 from .sampler_log_probs import VLLM_MAX_TOP_K
+from .trl_internals import CHECKPOINTING
 
 # What makes a run REINFORCE, whose backward pass is an ordinary one
 REINFORCE_SETTINGS = '`projection="none"`, `isopo="none"` and `intra_dim=0`'
@@ -26,7 +28,7 @@ _TRUST_REGION = (
     "divergence_mask",
     "ratio_cap",
 )
-_CORRECTION = tuple(f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max"))
+_CORRECTION = tuple(f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max", "cap"))
 # What makes the distribution that is sampled from another one than the policy at its temperature
 _TRUNCATION = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
 
@@ -37,31 +39,6 @@ _ALSO_INTRA_ACCUMULATED = (*_ALSO_INTRA, "projection_accumulator_dtype")
 
 # What the fields of the methods begin with
 _METHODS = ("projection", "isopo", "intra")
-
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
-
-_NO_REFERENCE = "there is no reference policy: what keeps updates close to the policy is the method itself"
-_NO_CLIPPING = "importance ratios are not clipped, so the value would be ignored"
-_OTHER_LOSS = "it belongs to a loss type that is not available"
-_NO_BONUS = "an entropy bonus is not a multiple of the sequences' log-probability gradients, so it can't be projected"
-
-# Settings of GRPO that PROMA does not use or cannot honour, and why. They must keep GRPO's default.
-_UNUSED = {
-    "beta": _NO_REFERENCE,
-    "sync_ref_model": _NO_REFERENCE,
-    "epsilon": _NO_CLIPPING,
-    "epsilon_high": _NO_CLIPPING,
-    "delta": _NO_CLIPPING,
-    "sapo_temperature_neg": _OTHER_LOSS,
-    "sapo_temperature_pos": _OTHER_LOSS,
-    "vespo_k_pos": _OTHER_LOSS,
-    "vespo_lambda_pos": _OTHER_LOSS,
-    "vespo_k_neg": _OTHER_LOSS,
-    "vespo_lambda_neg": _OTHER_LOSS,
-    "entropy_coef": _NO_BONUS,
-    "use_adaptive_entropy": _NO_BONUS,
-    "torch_compile": "compiled layers bypass the hooks that collect sequence gradients",
-}
 
 # Optimizers that step inside the backward pass, where nothing accumulates
 _FUSED_OPTIMIZERS = ("lomo", "adalomo")
@@ -301,12 +278,14 @@ class PROMAConfig(GRPOConfig):
     def __post_init__(self) -> None:
         if isinstance(self.projection_bound, float) and self.projection_bound == math.inf:
             self.projection_bound = None
+        self._check_grpo_fields()
         self._check_projection()
         for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
             setattr(self, name, check_whole(name, getattr(self, name)))
         self._check_trust_region()
+        if getattr(self, CHECKPOINTING) is None:
+            setattr(self, CHECKPOINTING, self.gradient_checkpointing)
         super().__post_init__()
-        self._refuse_unused()
 
     def _check_projection(self) -> None:
         for name in ("projection", "projection_scope", "projection_accumulator_dtype", "isopo", "adapter_dtype"):
@@ -354,7 +333,8 @@ class PROMAConfig(GRPOConfig):
 
     def _check_trust_region(self) -> None:
         defaults = {f.name: f.default for f in fields(self)}
-        changed = [name for name in (*_TRUST_REGION, *_CORRECTION) if getattr(self, name) != defaults[name]]
+        names = [name for name in (*_TRUST_REGION, *_CORRECTION) if name in defaults]
+        changed = [name for name in names if getattr(self, name) != defaults[name]]
         if self.divergence is None:
             for name in changed:
                 if name in _TRUST_REGION:
@@ -385,12 +365,14 @@ class PROMAConfig(GRPOConfig):
                 f"`divergence_top_k={self.divergence_top_k}` is more than vLLM gives, which is the log-probabilities "
                 f"of {VLLM_MAX_TOP_K} tokens at a position. Set it to {VLLM_MAX_TOP_K} or less."
             )
-        if region.needs_top and self.use_transformers_continuous_batching:
-            raise ValueError(
-                f"`divergence={self.divergence!r}` is not available with `use_transformers_continuous_batching=True`, "
-                "which gives the log-probabilities of sampled tokens alone. Set `divergence` to `'binary_tv'` or "
-                "`'binary_kl'`, or sample with vLLM or `generate`."
-            )
+        # The latter is a former name, which TRL still takes
+        for name in ("use_transformers_continuous_batching", "use_transformers_paged"):
+            if region.needs_top and getattr(self, name, False):
+                raise ValueError(
+                    f"`divergence={self.divergence!r}` is not available with `{name}=True`, which gives the "
+                    "log-probabilities of sampled tokens alone. Set `divergence` to `'binary_tv'` or `'binary_kl'`, "
+                    "or sample with vLLM or `generate`."
+                )
 
     def update_rule(self) -> UpdateRule:
         """The update rule that these settings describe."""
@@ -542,19 +524,29 @@ class PROMAConfig(GRPOConfig):
         intra = self.intra_settings()
         return intra.removes and (intra.target == "microbatch" or self.gradient_accumulation_steps > 1)
 
-    def _refuse_unused(self) -> None:
+    def _check_grpo_fields(self) -> None:
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` is not available with {self._method}, whose loss is "
                 "REINFORCE. Choose how it "
                 f"is normalized: {', '.join(map(repr, LOSS_TYPES))}."
             )
-        defaults: dict[str, Any] = {f.name: f.default for f in fields(GRPOConfig)}
-        for name, reason in _UNUSED.items():
-            if getattr(self, name) != defaults[name]:
+        for grpo_field in fields(GRPOConfig):
+            name, default = grpo_field.name, _default(grpo_field)
+            value = getattr(self, name)
+            if value == default:
+                continue
+            if name in REFUSED:
                 raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` is not available with {self._method}: {reason}. Leave it at "
-                    f"its default, {defaults[name]!r}, or use `GRPOTrainer`."
+                    f"`{name}={value!r}` is not available with {self._method}: {REFUSED[name]}. Leave it at its "
+                    f"default, {default!r}, or use `GRPOTrainer`."
+                )
+            # What it does to the loss or to gradients can't be told
+            if name not in KNOWN and name not in PROMAConfig.__annotations__:
+                raise ValueError(
+                    f"`{name}={value!r}` is a setting of the installed TRL or transformers that this version of "
+                    f"proma-trl does not know, so it can't say whether it works with {self._method}. Leave it at its "
+                    f"default, {default!r}, and report it to proma-trl, or use `GRPOTrainer`."
                 )
         if self.router_aux_loss_coef:
             raise ValueError(
@@ -569,3 +561,7 @@ class PROMAConfig(GRPOConfig):
                 f"`optim={optimizer!r}` is not available with {self._method}: it consumes gradients within the "
                 "backward pass, where PROMA accumulates them. Choose another optimizer, such as `optim='adamw_torch'`."
             )
+
+
+def _default(config_field: Field) -> Any:
+    return config_field.default if config_field.default_factory is MISSING else config_field.default_factory()
