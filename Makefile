@@ -26,7 +26,7 @@ TRITON_STAMP := $(TRITON)/.installed
 OLDEST ?= .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 
-# Over the environment again: what the documentation is built with
+# Lies over the environment, too: what the documentation is built with
 DOCS ?= .venv-docs
 DOCS_STAMP := $(DOCS)/.installed
 

@@ -31,6 +31,7 @@ from trl import GRPOConfig, GRPOTrainer
 import proma_trl
 import proma_trl.sequence_grads.plan
 from proma_trl import PROMAConfig
+from proma_trl.trainer.trl_internals import CHECKPOINTING
 
 # Settings of trainers that neither log nor save
 QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
@@ -155,11 +156,11 @@ def make_trainer(
         gradient_accumulation_steps=arguments.microbatches,
         num_generations=arguments.sequences,
         max_completion_length=length,
-        gradient_checkpointing=arguments.checkpointing,
         bf16=arguments.bf16,
         use_cpu=arguments.device == "cpu",
         learning_rate=1e-5,
         report_to="none",
+        **{CHECKPOINTING: arguments.checkpointing},
         **settings,
     )
     return trainer_class(
@@ -186,7 +187,8 @@ def make_prepared_trainer(
     trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.current_gradient_accumulation_steps = arguments.microbatches
     if arguments.checkpointing:  # which `train()` would turn on
-        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        enable = getattr(trainer.model, f"{CHECKPOINTING}_enable")
+        enable(getattr(trainer.args, f"{CHECKPOINTING}_kwargs"))
     trainer.model.train()
     return trainer
 

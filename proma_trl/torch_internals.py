@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
 
 def backward_id() -> int:
@@ -85,7 +87,15 @@ def without_hooks(module: nn.Module, params: dict[str, nn.Parameter | None]) -> 
 def fsdp_params(model: nn.Module) -> list[FSDPParam]:
     """FSDP2's records of the parameters that it shards, one for each module group that uses one."""
     states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
-    return [param for state in states for group in state._fsdp_param_groups for param in group.fsdp_params]
+    return [param for state in states for group in _fsdp_groups(state) for param in group.fsdp_params]
+
+
+def _fsdp_groups(state: FSDPState) -> list[FSDPParamGroup]:
+    """The groups of one module's parameters that are gathered together."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    # Older versions of torch have one at most
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def fsdp_whole_copies(params: Iterable[FSDPParam]) -> dict[nn.Parameter, FSDPParam]:

@@ -16,11 +16,10 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +27,7 @@ from statistics import fmean
 from tqdm import tqdm
 from trl import TrlParser
 
+from proma_trl.recipes.processes import last_step, run_logged
 from proma_trl.recipes.word_problems import LEVELS, write_problems, write_task
 from proma_trl.tools.curves import METRICS, read_curves, summarize
 from proma_trl.tools.figures import draw_runs, draw_sweep
@@ -131,10 +131,7 @@ class Run:
 
     def step(self) -> int:
         """The last optimizer step that was logged."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        found = [re.search(r'"step": (\d+)', line) for line in lines[-2:]]
-        return max((int(match[1]) for match in found if match), default=0)
+        return last_step(self.folder)
 
     def execute(self, launcher: Sequence[str], threads: int) -> None:
         """Trains in a process of its own, from the last checkpoint if there is one. Output goes to run.log."""
@@ -145,12 +142,8 @@ class Run:
             command += ["--resume_from_checkpoint", "true"]
         else:
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        with (self.folder / "run.log").open("w") as log:
-            done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        if done.returncode != 0:
-            tail = "\n".join((self.folder / "run.log").read_text().splitlines()[-15:])
-            raise RuntimeError(f"{shlex.join(command)}\nended with exit code {done.returncode}:\n{tail}")
+        threads = os.environ.get("OMP_NUM_THREADS", str(threads))
+        run_logged(command, self.folder / "run.log", {"OMP_NUM_THREADS": threads})
         (self.folder / "complete").touch()
 
 
@@ -166,19 +159,28 @@ def make_run(algorithm: str, folder: Path, options: Sequence[str], *own: str) ->
 
 
 def execute_all(runs: Sequence[Run], max_steps: int, launcher: Sequence[str], jobs: int) -> None:
-    """Executes the incomplete runs, a few at a time, and shows overall progress and remaining time."""
+    """
+    Executes the incomplete runs, a few at a time. A terminal shows overall progress and remaining time in one line.
+    When a run is complete, that is printed.
+    """
     waiting = [run for run in runs if not run.is_complete()]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with (
-        tqdm(total=len(waiting) * max_steps, unit="step", desc=f"{len(waiting)} runs") as bar,
+        tqdm(
+            total=len(waiting) * max_steps, unit="step", desc=f"{len(waiting)} runs", dynamic_ncols=True, disable=None
+        ) as bar,
         ThreadPoolExecutor(jobs) as pool,
     ):
-        futures = [pool.submit(run.execute, launcher, threads) for run in waiting]
-        done, not_done = set(), futures
+        futures = {pool.submit(run.execute, launcher, threads): run for run in waiting}
+        done, not_done = set(), set(futures)
         while not_done and not any(future.exception() for future in done):
-            done, not_done = wait(futures, timeout=2, return_when=FIRST_EXCEPTION)
+            ended, not_done = wait(not_done, timeout=2, return_when=FIRST_COMPLETED)
+            done |= ended
+            for future in ended:
+                if not future.exception():
+                    bar.write(f"Complete: {futures[future].folder}")
             bar.n = sum(run.step() for run in waiting)
-            running = [run for run, future in zip(waiting, futures, strict=True) if future.running()]
+            running = [futures[future] for future in not_done if future.running()]
             bar.set_postfix_str(", ".join(f"{run.label} {run.step()}/{max_steps}" for run in running))
         # After a failure: runs that have begun are left to their end, so that they need not be repeated
         pool.shutdown(wait=True, cancel_futures=True)

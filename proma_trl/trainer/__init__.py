@@ -1,7 +1,11 @@
 """TRL's `GRPOTrainer` with the projected accumulation beneath it, and with a trust region."""
 
-from .config import PROMAConfig
-from .dppo import DPPOConfig, DPPOTrainer
-from .proma_trainer import PROMATrainer
+from .versions import check_versions
+
+check_versions()
+
+from .config import PROMAConfig  # noqa: E402
+from .dppo import DPPOConfig, DPPOTrainer  # noqa: E402
+from .proma_trainer import PROMATrainer  # noqa: E402
 
 __all__ = ["DPPOConfig", "DPPOTrainer", "PROMAConfig", "PROMATrainer"]

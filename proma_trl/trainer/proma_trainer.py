@@ -29,7 +29,7 @@ from .sampler_log_probs import sampler_log_probs
 from .sampling import check_server, check_server_log_probs
 from .setup_checks import check_ranks_agree, check_setup, is_quantized, settings_without_effect
 from .token_trust_region import ON_CPU, TokenTrustRegion
-from .trl_internals import SCORING, check_trl, recorded, replaced
+from .trl_internals import SCORING, check_trl, prepare_head, recorded, replaced
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
                     f"`divergence={args.divergence!r}` needs the most probable tokens at each position, which a "
                     '`rollout_func` does not return. Set `divergence="binary_tv"` or `"binary_kl"`.'
                 )
-        check_trl()
+        check_trl(args.device)
         acting = args.acting_methods()
         self._name = args.method_name()
         tags = dict.fromkeys(tag for method in acting for tag in method.tags)
@@ -153,6 +153,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             rollout_func,
             environment_factory,
         )
+        prepare_head(self.model)
         if args.adapter_dtype == "float32" and is_quantized(self.model):
             _keep_in_float32(self.model, adapters)
         if self.aux_loss_enabled:

@@ -129,7 +129,8 @@ def _problems(accelerator: Accelerator, num_gpus: int, model: nn.Module) -> Iter
     if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
         yield "tensor, context or sequence parallelism, which spread a sequence's gradient over ranks", data_parallel
     loaded = getattr(getattr(model, "config", None), "distributed_config", None)
-    if loaded is not None and ((loaded.pp_size or 1) > 1 or (loaded.dp_replicate_size or 1) > 1):
+    # Replicas are not in all versions of transformers
+    if loaded is not None and any((getattr(loaded, n, None) or 1) > 1 for n in ("pp_size", "dp_replicate_size")):
         yield (
             "transformers' `DistributedConfig` of several pipeline stages or replicas of shards, which reduce "
             "gradients within an accumulation",

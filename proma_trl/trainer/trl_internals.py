@@ -1,18 +1,52 @@
-"""Everything that the package uses of TRL beyond its public interface, and the function that checks it."""
+"""
+Everything that the package uses of TRL beyond its public interface, what differs in it between TRL's versions, and the
+function that checks it.
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
-import trl.kernels.chunked_logprob as chunked_logprob
+import trl
 import trl.trainer.utils as trl_utils
+from packaging.version import Version
+from peft import PeftModel
+from transformers import TrainingArguments
+from transformers.utils import is_triton_available
 from trl import GRPOTrainer
-from trl.kernels import ChunkedLogProbFunction
+from trl.models import unwrap_model_for_generation
+
+# TRL 1.15 has its fused head in Triton alone, and gives it the scored positions only. Newer ones also have it in
+# torch, and give it all positions where `_use_triton` says so
+_IS_1_15 = Version(trl.__version__) < Version("1.16")
+_NEEDS_TRITON = (
+    f"TRL {trl.__version__} computes log-probabilities in Triton alone, which needs a GPU, so that neither its "
+    "`GRPOTrainer` nor proma-trl's trainers work {where}. Install a newer TRL: `pip install 'trl==1.16.*'`."
+)
+if _IS_1_15 and not is_triton_available():
+    raise ImportError(_NEEDS_TRITON.format(where="where Triton is not installed"))
+
+import trl.kernels.chunked_logprob as chunked_logprob  # noqa: E402
+from trl.kernels import ChunkedLogProbFunction  # noqa: E402
+
+_TRITON_DEVICES = ("cuda", "xpu")
+# What decides whether the fused head is given scored positions only, by `_use_triton`
+_POSITIONS = SimpleNamespace(_use_triton=lambda device: True) if _IS_1_15 else trl_utils
+# The name of the setting that transformers does not warn of. Versions before 5.23 have only the former name, which TRL
+# still sets by default
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+# What a model returns for each position when its fused head runs
+_FUSED_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 # Methods of `GRPOTrainer` that are overridden, called or replaced for a while, with their arguments
 _METHODS = {
@@ -47,7 +81,10 @@ _ATTRIBUTES = (
     "vllm_generation",
     "vllm_mode",
 )
-_HEAD_NAMES = ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx")
+_HEAD_NAMES = ("_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx")
+_KERNEL_NAMES = ("_BLOCK_SIZE",)
+if not _IS_1_15:
+    _HEAD_NAMES, _KERNEL_NAMES = (*_HEAD_NAMES, "_use_triton"), (*_KERNEL_NAMES, "_use_triton")
 _HEAD_ARGUMENTS = "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
 _HEAD_KERNEL_ARGUMENTS = (
     "mm_ptr mm_stride targets_ptr log_z_ptr entropy_ptr grad_logprobs_ptr grad_entropy_ptr vocab_start n_cols "
@@ -56,14 +93,19 @@ _HEAD_KERNEL_ARGUMENTS = (
 _HEAD_TRANSFORM = {"logit_scale", "softcap", "inv_t", "HAS_SOFTCAP"}
 
 
-def check_trl() -> None:
+def check_trl(device: torch.device) -> None:
     """
     Check that TRL has, as this package knows it, everything that is used of its insides.
 
+    Args:
+        device (`torch.device`): Where the model is trained.
+
     Raises:
-        RuntimeError: If something has moved, with its name.
+        RuntimeError: If something has moved, with its name, or if this TRL does not work on the device.
     """
-    moved = [*_moved_in_trainer(), *_moved_in_head()]
+    if _IS_1_15 and device.type not in _TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(_NEEDS_TRITON.format(where=f"on {device.type!r}"))
+    moved = [*_moved_in_trainer(), *_moved_in_head(device)]
     if moved:
         raise RuntimeError(
             f"The installed TRL differs from the versions that proma-trl works with in: {', '.join(moved)}. Gradients "
@@ -85,19 +127,20 @@ def _code(method: Any) -> Any:
     return getattr(inspect.unwrap(method) if callable(method) else method, "__code__", None)
 
 
-def _moved_in_head() -> Iterator[str]:
+def _moved_in_head(device: torch.device) -> Iterator[str]:
     missing = [name for name in _HEAD_NAMES if not hasattr(trl_utils, name)]
     yield from (f"trl.trainer.utils.{name}" for name in missing)
     kernel = getattr(chunked_logprob, "_backward_kernel", None)  # a function without Triton, and made of one with it
     kernel = getattr(kernel, "fn", kernel)
     if kernel is None or list(inspect.signature(kernel).parameters) != _HEAD_KERNEL_ARGUMENTS.split():
         yield "trl.kernels.chunked_logprob._backward_kernel"
-    missing = [name for name in ("_use_triton", "_BLOCK_SIZE") if not hasattr(chunked_logprob, name)]
+    missing = [name for name in _KERNEL_NAMES if not hasattr(chunked_logprob, name)]
     yield from (f"trl.kernels.chunked_logprob.{name}" for name in missing)
     if list(inspect.signature(ChunkedLogProbFunction.forward).parameters) != _HEAD_ARGUMENTS.split():
         yield "ChunkedLogProbFunction.forward"
         return
-    hidden, weight, targets = torch.ones(2, 3, requires_grad=True), torch.eye(4, 3), torch.tensor([0, 3])
+    hidden, weight = torch.ones(2, 3, device=device, requires_grad=True), torch.eye(4, 3, device=device)
+    targets = torch.tensor([0, 3], device=device)
     try:
         log_probs, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 0.5, 4)
         saved = kernel_state(log_probs.grad_fn)
@@ -163,7 +206,7 @@ def logits_to_gradients(
     Returns:
         `bool`: Whether it was done: there is a kernel where there is Triton.
     """
-    if not chunked_logprob._use_triton(logits.device):
+    if not _has_kernel(logits.device):
         return False
     size, length = chunked_logprob._BLOCK_SIZE, logits.shape[1]
     if logits.numel():
@@ -185,6 +228,10 @@ def logits_to_gradients(
     return True
 
 
+def _has_kernel(device: torch.device) -> bool:
+    return device.type in _TRITON_DEVICES if _IS_1_15 else chunked_logprob._use_triton(device)
+
+
 def gathered_head(weight: torch.Tensor, bias: torch.Tensor | None) -> AbstractContextManager:
     """Within the context, ZeRO-3's shards of the head are whole: it doesn't run as a module, which would see to it."""
     return trl_utils.maybe_gather_lm_head_ctx(weight, bias)
@@ -196,7 +243,7 @@ def replaced_kernel(kernel: Any) -> Iterator[Any]:
     with (
         replaced(trl_utils, "_ChunkedLogProbFunction", kernel) as original,
         # On a GPU, TRL would pass scored positions only, and which sequence they belong to would be lost
-        replaced(trl_utils, "_use_triton", lambda device: False),
+        replaced(_POSITIONS, "_use_triton", lambda device: False),
     ):
         yield original
 
@@ -218,7 +265,46 @@ def observed_head(read: Callable[..., None]) -> Iterator[None]:
 
 def head_is_compact(device: torch.device) -> bool:
     """Whether the fused head is given unmasked positions only."""
-    return trl_utils._use_triton(device)
+    return _POSITIONS._use_triton(device)
+
+
+def prepare_head(model: torch.nn.Module) -> None:
+    """
+    Let the fused head that TRL has put into a model be given all positions, for [`replaced_kernel`].
+
+    Args:
+        model (`torch.nn.Module`): The model, or PEFT's around it.
+    """
+    if not _IS_1_15:
+        return
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    fused = model.forward
+
+    @functools.wraps(fused.__func__)
+    def forward(self, *args, labels=None, fused_lm_head=False, **kwargs):
+        if not fused_lm_head or labels is None or head_is_compact(labels.device):
+            return fused(*args, labels=labels, fused_lm_head=fused_lm_head, **kwargs)
+        # Each position has a label, and so is scored. The trainer makes its loss of the log-probabilities
+        outputs = fused(*args, labels=labels.clamp(min=0), fused_lm_head=True, **kwargs)
+        unscored = labels[:, 1:] == -100
+        for name in _FUSED_OUTPUTS:
+            if outputs.get(name) is not None:
+                outputs[name] = outputs[name].masked_fill(unscored, 0)
+        return outputs
+
+    model.forward = MethodType(forward, model)
+
+
+def unwrapped_for_generation(trainer: GRPOTrainer) -> AbstractContextManager:
+    """Within the context, the trainer's model is one that can generate: whole, and without checkpointing."""
+    # TRL 1.15 knows no settings of checkpointing, and switches it on again with the default ones
+    settings = {"gradient_checkpointing_kwargs": trainer.args.gradient_checkpointing_kwargs}
+    return unwrap_model_for_generation(
+        trainer.model_wrapped,
+        trainer.accelerator,
+        gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+        **({} if _IS_1_15 else settings),
+    )
 
 
 @contextmanager

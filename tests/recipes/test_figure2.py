@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -58,12 +59,17 @@ def test_comparison(tmp_path, stub, capsys):
         }
     )
     assert (out / "figure2.png").is_file() and (out / "figure2.svg").is_file()
-    assert "| proma | 0.51 ± 0.014 |" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "| proma | 0.51 ± 0.014 |" in printed.out
+    folders = re.findall("^Complete: (.*)$", printed.out, re.MULTILINE)
+    assert sorted(folders) == sorted(str(path.parent) for path in out.rglob("complete")) and len(folders) == 6
+    # The bar is for terminals
+    assert printed.err == "" and "\r" not in printed.out
 
 
 def test_complete_runs_are_not_run_again(tmp_path, stub):
     options = [*stub, "--seeds", "0", "1"]
-    with pytest.raises(RuntimeError, match=r"--algorithm grpo(.|\n)*ended with exit code 1:\nno such luck"):
+    with pytest.raises(RuntimeError, match=r"(?s)--algorithm grpo.*exit code 1\..*run\.log.*no such luck"):
         figure2.main([*options, "--fails", "grpo"])
     begun, complete = executed(tmp_path), len(list((tmp_path / "out").rglob("complete")))
     assert begun < 6

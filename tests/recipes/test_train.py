@@ -68,9 +68,7 @@ def test_run_from_the_command_line(folder, settings, capfd):
 
 def test_prompts_without_a_chat(folder, settings):
     (folder / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
-    (folder / "rewards.py").write_text(
-        "def length(completions, **kwargs):\n    return [*map(len, completions)]\n"
-    )
+    (folder / "rewards.py").write_text("def length(completions, **kwargs):\n    return [*map(len, completions)]\n")
     settings |= {"reward_funcs": [f"{folder}/rewards.py:length"], "algorithm": "grpo", "max_steps": 1}
     train.main(["--config", write_config(folder, settings)])
     assert any("rewards/length/mean" in record for record in read_metrics(settings["output_dir"]))

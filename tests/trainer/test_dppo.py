@@ -21,7 +21,7 @@ from support.harness import (
 from trl import GRPOTrainer
 
 from proma_trl import DPPOConfig, DPPOTrainer, PROMAConfig, PROMATrainer, TrustRegion
-from proma_trl.trainer import top_log_probs
+from proma_trl.trainer import top_log_probs, trl_internals
 from proma_trl.trainer.token_trust_region import Statistics
 from proma_trl.trainer.trl_internals import replaced
 from proma_trl.trust_region.trust_region import DIVERGENCES, MASKS
@@ -80,7 +80,7 @@ def test_every_fused_head(architecture, k, tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ["llama-untied", "gptj"])
 def test_a_head_that_is_given_unmasked_positions_only(architecture, projection, tmp_path, monkeypatch):
     """As on CUDA."""
-    monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device: True)
+    monkeypatch.setattr(trl_internals._POSITIONS, "_use_triton", lambda device: True)
     settings = {"divergence": "topk_tv", "divergence_threshold": 0.2, "projection": projection}
     assert_the_definitions(dppo_trainer(tmp_path, architecture, 4, **settings), architecture, 4)
 

@@ -196,6 +196,6 @@ def test_reducing_every_microbatch_is_refused(tmp_path):
 def test_a_changed_fused_head_is_refused(tmp_path, monkeypatch):
     from trl.trainer import utils
 
-    monkeypatch.delattr(utils, "_use_triton")
-    with pytest.raises(RuntimeError, match=r"_use_triton.*Install a TRL version"):
+    monkeypatch.delattr(utils, "maybe_gather_lm_head_ctx")
+    with pytest.raises(RuntimeError, match=r"maybe_gather_lm_head_ctx.*Install a TRL version"):
         make_trainer(tmp_path)

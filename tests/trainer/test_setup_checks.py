@@ -56,11 +56,12 @@ def test_setups_that_cannot_work_are_refused(accelerator, num_gpus, message):
         check_setup(accelerator, num_gpus, MODEL)
 
 
-def test_pipelines_and_replicas_at_loading_are_refused():
+@pytest.mark.parametrize("name", ["pp_size", "dp_replicate_size"])
+def test_pipelines_and_replicas_at_loading_are_refused(name):
     model = make_model()
     model.config.distributed_config = DistributedConfig(fsdp_size=2)
     check_setup(setup(), 1, model)
-    model.config.distributed_config = DistributedConfig(fsdp_size=2, dp_replicate_size=2)
+    setattr(model.config.distributed_config, name, 2)  # not all versions take both
     with pytest.raises(ValueError, match="Set `fsdp_size` alone"):
         check_setup(setup(), 1, model)
 

@@ -14,6 +14,8 @@ if not is_triton_available() or os.environ.get("TRITON_INTERPRET") != "1":
 
 import trl.kernels.chunked_logprob as kernels
 
+from proma_trl.trainer import trl_internals
+
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch):
@@ -31,7 +33,8 @@ def launches(monkeypatch):
 
     for name in counts:
         monkeypatch.setattr(kernels, name, Counted(name))
-    monkeypatch.setattr(kernels, "_use_triton", lambda device: True)
+    monkeypatch.setattr(kernels, "_use_triton", lambda device: True, raising=False)
+    monkeypatch.setattr(trl_internals, "_has_kernel", lambda device: True)
     with accelerating():
         yield counts
 
@@ -49,6 +52,7 @@ def test_gradients(architecture, settings, tmp_path, launches, monkeypatch):
         oracle.assert_close(found, oracle.accumulate(*definition(trainer, microbatches)))
         return
     monkeypatch.setattr(kernels, "_use_triton", lambda device: False)
+    monkeypatch.setattr(trl_internals, "_has_kernel", lambda device: False)
     trainer.accumulation.load_state_dict({"rule": {}, "step": 0})
     without, _ = trainer_gradients(trainer, microbatches)
     for name, want in without.items():
