@@ -135,7 +135,8 @@ def run_python(words, folder, monkeypatch):
     else:
         script = ROOT / words[1]
         assert script.is_file(), words[1]
-        parse_only(script, words[2:], folder, monkeypatch)
+        if words[2:] or "argparse" in script.read_text():
+            parse_only(script, words[2:], folder, monkeypatch)
 
 
 def run_bash(words, folder, monkeypatch):
