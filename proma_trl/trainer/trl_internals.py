@@ -105,7 +105,8 @@ def check_trl(device: torch.device) -> None:
     """
     if _IS_1_15 and device.type not in _TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(_NEEDS_TRITON.format(where=f"on {device.type!r}"))
-    moved = [*_moved_in_trainer(), *_moved_in_head(device)]
+    # The head's function is the same on every device that has it
+    moved = [*_moved_in_trainer(), *_moved_in_head(device if _IS_1_15 else torch.device("cpu"))]
     if moved:
         raise RuntimeError(
             f"The installed TRL differs from the versions that proma-trl works with in: {', '.join(moved)}. Gradients "
