@@ -13,6 +13,7 @@ venv=$tools
 [[ -x $tools/bin/python ]] || make_environment
 pip install --quiet --no-deps --requirement requirements/tested_package.txt
 "$tools/bin/python" -m build --no-isolation
+rm -rf build proma_trl.egg-info # Python would read requirements from there, in the place of those that are installed
 "$tools/bin/python" -m twine check --strict dist/*
 
 venv=$user
