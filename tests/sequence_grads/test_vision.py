@@ -38,7 +38,8 @@ def compare(model, batches, defined=None, settings=None):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_parameters(family):
-    model = known(family)
+    """In float64: Qwen3.5's linear attention amplifies float32's rounding, by how much differs from CPU to CPU."""
+    model = known(family).double()
     compare(model, [VisionBatch(model, counts, seed) for seed, counts in enumerate([COUNTS[3], (1, 1, 2), (0, 0, 1)])])
 
 

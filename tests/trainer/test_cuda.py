@@ -36,8 +36,9 @@ def trainer_on(device, tmp_path, model=None, **settings):
     return make_trainer(tmp_path, model, use_cpu=device == "cpu", **settings)
 
 
-def inputs_on(device, k, count=3):
-    return [{name: x.to(device) for name, x in make_inputs(k, seed).items()} for seed in range(count)]
+def inputs_on(device, k, count=3, first=0):
+    seeds = range(first, first + count)
+    return [{name: x.to(device) for name, x in make_inputs(k, seed).items()} for seed in seeds]
 
 
 def gradients(trainer, microbatches):
@@ -126,18 +127,22 @@ def test_bfloat16_autocast(architecture, method, checkpointing, budget, device, 
 @pytest.mark.parametrize("architecture", ["qwen3-tied", "llama-untied", "gpt2"])
 def test_bfloat16_is_no_further_off_than_an_ordinary_step(architecture, device, tmp_path):
     """
-    Errors against float64, of all tensors together: those of PROMA with sequence gradients in bfloat16, with sequence
-    gradients in float32, and of REINFORCE, which is an ordinary step.
+    Errors against float64, of all tensors and of three steps together, as the rounding of one step differs from CPU to
+    CPU: those of PROMA with sequence gradients in bfloat16, and of REINFORCE, which is an ordinary step.
     """
-    microbatches, errors = inputs_on(device, 8, 6), {}
+    errors = {}
     for name, settings in {"held": {}, "ordinary": {"projection": "none"}}.items():
-        model = make_model(architecture)
-        trainer = trainer_on(device, tmp_path, model, bf16=True, per_device_train_batch_size=8, **settings)
-        found = gradients(trainer, microbatches)
-        method = settings.get("projection", "iterative")
-        want = oracle.accumulate(*defined(trainer, microbatches), method=method)
-        off = sum((found[name].double() - want[name]).square().sum() for name in want).sqrt()
-        errors[name] = off / sum(want[name].square().sum() for name in want).sqrt()
+        relative = []
+        for step in range(3):
+            microbatches = inputs_on(device, 8, 6, first=6 * step)
+            model = make_model(architecture)
+            trainer = trainer_on(device, tmp_path, model, bf16=True, per_device_train_batch_size=8, **settings)
+            found = gradients(trainer, microbatches)
+            method = settings.get("projection", "iterative")
+            want = oracle.accumulate(*defined(trainer, microbatches), method=method)
+            off = sum((found[name].double() - want[name]).square().sum() for name in want)
+            relative.append(off / sum(want[name].square().sum() for name in want))
+        errors[name] = torch.stack(relative).mean().sqrt()
     assert errors["held"] <= 1.2 * errors["ordinary"], errors
 
 
