@@ -73,15 +73,18 @@ $(VLLM_STAMP): requirements/tested_vllm.txt pyproject.toml scripts/install_vllm.
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/engine $(ARGS)
 
+# A directory with a pin set that lies over the environment
+overlay = $(RUN) -m pip --disable-pip-version-check install --no-deps --upgrade --target "$(1)" --requirement $(2)
+
 $(QUANTIZATION_STAMP): $(STAMP) requirements/tested_quantization.txt
-	$(RUN) -m pip --disable-pip-version-check install --no-deps --upgrade --target "$(QUANTIZATION)" --requirement requirements/tested_quantization.txt
+	$(call overlay,$(QUANTIZATION),requirements/tested_quantization.txt)
 	@touch $@
 
 test-quantization: $(QUANTIZATION_STAMP)
 	PYTHONPATH="$(QUANTIZATION)" $(RUN) -m pytest tests/trainer/test_quantization.py $(ARGS)
 
 $(TRITON_STAMP): $(STAMP) requirements/tested_triton.txt
-	$(RUN) -m pip --disable-pip-version-check install --no-deps --upgrade --target "$(TRITON)" --requirement requirements/tested_triton.txt
+	$(call overlay,$(TRITON),requirements/tested_triton.txt)
 	@touch $@
 
 test-triton: $(TRITON_STAMP)
@@ -102,7 +105,7 @@ test-matrix: $(STAMP)
 	$(RUN) scripts/test_matrix.py releases $(ARGS)
 
 $(DOCS_STAMP): $(STAMP) requirements/tested_docs.txt
-	$(RUN) -m pip --disable-pip-version-check install --no-deps --upgrade --target "$(DOCS)" --requirement requirements/tested_docs.txt
+	$(call overlay,$(DOCS),requirements/tested_docs.txt)
 	@touch $@
 
 MKDOCS := PYTHONPATH="$(DOCS)" NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs

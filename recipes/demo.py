@@ -19,16 +19,18 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
+from proma_trl.recipes.algorithms import Algorithm
 from proma_trl.recipes.processes import run_with_progress
 from proma_trl.recipes.word_problems import HELD_OUT, write_task
 from proma_trl.tools.curves import read_curves
 
 RECIPES = Path(__file__).parent
 RECIPE, SETTINGS = RECIPES / "gsm8k.py", RECIPES / "configs" / "demo_cpu.yaml"
-ALGORITHMS = ("proma", "proma_intra", "proma_both", "isopo", "dppo", "reinforce", "grpo")
+ALGORITHMS = get_args(Algorithm)
 REQUIRED_RISE = 0.10
 WIDTH = 76
 

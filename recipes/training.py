@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import trl
 import yaml
@@ -16,13 +16,12 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from proma_trl import DPPOConfig, DPPOTrainer, PROMAConfig, PROMATrainer
+from proma_trl.recipes.algorithms import Algorithm
 from proma_trl.tools.callbacks import ACCURACY, JSONLMetrics
 from proma_trl.tools.curves import read_curves
 from proma_trl.tools.figures import PANELS, draw_runs
 from proma_trl.tools.policy_metrics import PolicyMetrics
 from proma_trl.trainer.model_card import FIGURE, CardDataset, ModelCardMixin
-
-Algorithm = Literal["proma", "proma_intra", "proma_both", "isopo", "dppo", "reinforce", "grpo"]
 
 # The dimension of Intra-PROMA's subspaces in the paper's best runs
 INTRA_DIM = 10

@@ -1,25 +1,13 @@
 """The results of the version matrix cover the bounds of pyproject.toml, and the page shows them."""
 
-import re
 from importlib.metadata import requires
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from support.repository import ROOT, load_script, pins
 
-ROOT = Path(__file__).parents[2]
-
-
-def load_script():
-    spec = spec_from_file_location("test_matrix", ROOT / "scripts" / "test_matrix.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MATRIX = load_script()
+MATRIX = load_script("test_matrix")
 BOUNDS = MATRIX.bounds()
 RESULTS = MATRIX.read_results()
 
@@ -28,11 +16,6 @@ def edges(name):
     """The lower bound, and the upper one, if there is one."""
     limits = {specifier.operator: Version(specifier.version) for specifier in BOUNDS[name].specifier}
     return limits[">="], limits.get("<")
-
-
-def pins(name):
-    text = (ROOT / "requirements" / name).read_text()
-    return {name: Version(pin) for name, pin in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)}
 
 
 def test_the_page_shows_the_results():
@@ -65,7 +48,7 @@ def test_everything_within_the_bounds_passed():
 def test_pin_sets_are_within_the_bounds_and_the_oldest_is_their_lower_end():
     oldest, tested = pins("tested_oldest.txt"), pins("tested.txt")
     for name in MATRIX.EXTENDED:
-        assert oldest[name] == edges(name)[0]
+        assert Version(oldest[name]) == edges(name)[0]
         assert BOUNDS[name].specifier.contains(tested[name])
 
 
