@@ -1,7 +1,7 @@
 """Writes the tables of `docs/migration.md`: each field of the installed TRL's `GRPOConfig`, and what becomes of it."""
 
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from proma_trl import DPPOConfig, PROMAConfig
-from proma_trl.trainer.grpo_fields import OTHER_MEANING, PARTLY_REFUSED, REFUSED, SAME
+from proma_trl.trainer.grpo_fields import OTHER_MEANING, PARTLY_REFUSED, REFUSED, SAME, default_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "migration.md"
 START, END = "<!-- grpo fields: ", "<!-- end of grpo fields -->"
@@ -44,13 +44,13 @@ def _table(grpo_fields: Iterable[Field]) -> str:
     rows = ["| Field | Default | With PROMA | Note |", "| --- | --- | --- | --- |"]
     for field in sorted(grpo_fields, key=lambda field: field.name):
         kind, text = _answer(field)
-        rows.append(f"| `{field.name}` | `{_default(field)!r}` | {kind} | {text} |")
+        rows.append(f"| `{field.name}` | `{default_of(field)!r}` | {kind} | {text} |")
     return "\n".join(rows)
 
 
 def _answer(field: Field) -> tuple[str, str]:
     """Returns what becomes of a field, and what there is to say about it."""
-    ours, alone = (_default(config.__dataclass_fields__[field.name]) for config in (PROMAConfig, DPPOConfig))
+    ours, alone = (default_of(config.__dataclass_fields__[field.name]) for config in (PROMAConfig, DPPOConfig))
     kind, text = next(
         (kind, texts[field.name])
         for kind, texts in (
@@ -61,13 +61,9 @@ def _answer(field: Field) -> tuple[str, str]:
         )
         if field.name in texts
     )
-    if ours != _default(field):
+    if ours != default_of(field):
         kind += f", default `{ours!r}`" + ("" if alone == ours else f" (`{alone!r}` in `DPPOConfig`)")
     return kind, text
-
-
-def _default(field: Field) -> object:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 if __name__ == "__main__":

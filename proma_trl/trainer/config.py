@@ -3,8 +3,8 @@
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from trl import GRPOConfig
 
@@ -13,7 +13,7 @@ from ..rules import PROMA, Chain, UpdateRule
 from ..rules.isopo import ISOPO
 from ..trust_region import TrustRegion
 from ..validation import check_choice, check_real, check_whole
-from .grpo_fields import KNOWN, LOSS_TYPES, REFUSED
+from .grpo_fields import KNOWN, LOSS_TYPES, REFUSED, default_of
 from .sampler_log_probs import VLLM_MAX_TOP_K
 from .trl_internals import CHECKPOINTING
 
@@ -532,7 +532,7 @@ class PROMAConfig(GRPOConfig):
                 f"is normalized: {', '.join(map(repr, LOSS_TYPES))}."
             )
         for grpo_field in fields(GRPOConfig):
-            name, default = grpo_field.name, _default(grpo_field)
+            name, default = grpo_field.name, default_of(grpo_field)
             value = getattr(self, name)
             if value == default:
                 continue
@@ -561,7 +561,3 @@ class PROMAConfig(GRPOConfig):
                 f"`optim={optimizer!r}` is not available with {self._method}: it consumes gradients within the "
                 "backward pass, where PROMA accumulates them. Choose another optimizer, such as `optim='adamw_torch'`."
             )
-
-
-def _default(config_field: Field) -> Any:
-    return config_field.default if config_field.default_factory is MISSING else config_field.default_factory()

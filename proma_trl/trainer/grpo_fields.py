@@ -6,6 +6,9 @@ They hold the fields of all supported versions of TRL and transformers, so an in
 field is in one list.
 """
 
+from dataclasses import MISSING, Field
+from typing import Any
+
 _NO_REFERENCE = "there is no reference policy: what keeps updates close to the policy is the method itself"
 _NO_CLIPPING = "importance ratios are not clipped, so the value would be ignored"
 _OTHER_LOSS = "it belongs to a loss type that is not available"
@@ -119,3 +122,8 @@ SAME = frozenset(
 )
 
 KNOWN = SAME | REFUSED.keys() | PARTLY_REFUSED.keys() | OTHER_MEANING.keys()
+
+
+def default_of(field: Field) -> Any:
+    """The default of a configuration's field, made where it is made for each instance."""
+    return field.default if field.default_factory is MISSING else field.default_factory()

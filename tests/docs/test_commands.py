@@ -18,11 +18,11 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
-from support.recipe import write_problems
+from support.recipe import planned_runs, write_problems
 from support.tiny import make_policy, make_tokenizer
 
 from proma_trl import check, cli
-from proma_trl.recipes import demo, figure2, gsm8k, train
+from proma_trl.recipes import demo, gsm8k, train
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -192,14 +192,8 @@ def run_train(words, folder, monkeypatch):
 
 def run_compare(words, folder, monkeypatch):
     """All but the runs, and the warm start of the policy."""
-    planned = []
-    for name in ("write_task", "write_problems"):
-        monkeypatch.setattr(figure2, name, lambda folder, **kwargs: folder.mkdir(parents=True, exist_ok=True))
-    monkeypatch.setattr(figure2, "execute_all", lambda runs, *rest: planned.extend(runs))
-    monkeypatch.setattr(figure2, "read_curves", lambda folder: {"eval_accuracy": {1: 1.0}})
-    monkeypatch.setattr(figure2, "draw_sweep", lambda *arguments: None)
+    planned = planned_runs(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["proma-trl"])
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(folder)
     cli.main([*words[1:], "--output_dir", str(folder / "compare")])
     assert planned

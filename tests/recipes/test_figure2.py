@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from support.recipe import ROOT, make_settings
+from support.recipe import ROOT, make_settings, planned_runs
 
 from proma_trl.recipes import figure2
 from proma_trl.recipes.gsm8k import GSM8KArguments
@@ -165,12 +165,7 @@ def test_errors(tmp_path, stub, options, message):
 @pytest.mark.parametrize("config", sorted((ROOT / "recipes" / "configs").glob("figure2*.yaml")), ids=lambda p: p.stem)
 def test_configs_are_valid(tmp_path, monkeypatch, config):
     """What they hand to the recipe, it takes."""
-    given = []
-    for name in ("write_task", "write_problems"):
-        monkeypatch.setattr(figure2, name, lambda folder, **kwargs: folder.mkdir(parents=True))
-    monkeypatch.setattr(figure2, "execute_all", lambda runs, *rest: given.extend(runs))
-    monkeypatch.setattr(figure2, "read_curves", lambda folder: {"entropy": {1: 1.0}})
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = planned_runs(monkeypatch)
     figure2.main(["--config", str(config), "--output_dir", str(tmp_path)])
     assert len(given) >= 3
     for run in given:

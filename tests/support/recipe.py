@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from transformers import AutoModelForCausalLM
 
+from proma_trl.recipes import figure2
 from support.tiny import make_policy, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -77,3 +78,15 @@ def read_metrics(output_dir):
 
 def read_weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def planned_runs(monkeypatch):
+    """The list that `figure2.main` then fills with the runs that it would execute; it makes no task and no figure."""
+    planned = []
+    for name in ("write_task", "write_problems"):
+        monkeypatch.setattr(figure2, name, lambda folder, **kwargs: folder.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(figure2, "execute_all", lambda runs, *rest: planned.extend(runs))
+    monkeypatch.setattr(figure2, "read_curves", lambda folder: {"eval_accuracy": {1: 1.0}})
+    monkeypatch.setattr(figure2, "draw_sweep", lambda *arguments: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return planned
