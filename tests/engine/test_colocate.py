@@ -137,8 +137,9 @@ def test_a_trust_region_is_anchored_on_the_engine(kind, policy, tmp_path):
 @pytest.mark.parametrize("projection", ["none", "iterative"])
 def test_rewards_are_learned_in_a_trust_region(projection, policy, tmp_path):
     """Two optimizer steps a generation: the second is off-policy."""
-    settings = {"divergence": "topk_tv", "divergence_threshold": 0.1, "steps_per_generation": 8, "max_steps": 30}
-    trainer = make_trainer(policy, tmp_path, projection=projection, **settings)
+    settings = {"divergence": "topk_tv", "divergence_threshold": 0.04, "steps_per_generation": 8, "max_steps": 30}
+    # A policy that is nearly sure of its tokens would amplify the rounding in which engine and trainer differ
+    trainer = make_trainer(policy, tmp_path, projection=projection, learning_rate=2e-3, **settings)
     trainer.train()
     records = [record for record in trainer.state.log_history if "dppo/divergence/max" in record]
     assert len(records) == 30
