@@ -2,4 +2,6 @@
 
 from typing import Literal
 
-Algorithm = Literal["proma", "proma_intra", "proma_both", "isopo", "dppo", "reinforce", "grpo"]
+Algorithm = Literal[
+    "proma", "proma_intra", "proma_both", "isopo", "dppo", "reinforce", "grpo", "proma_random", "reinforce_matched"
+]

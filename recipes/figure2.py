@@ -45,6 +45,8 @@ ALGORITHMS = {
     "unbounded": "--algorithm proma --projection_bound inf",
     "isopo": "--algorithm isopo",
     "dppo": "--algorithm dppo",
+    "proma_random": "--algorithm proma_random",
+    "reinforce_matched": "--algorithm reinforce_matched",
 }
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from proma_trl import DPPOConfig, DPPOTrainer, PROMAConfig, PROMATrainer
+from proma_trl.controls import MatchedLengthTrainer, RandomDirectionsTrainer
 from proma_trl.recipes.algorithms import Algorithm
 from proma_trl.tools.callbacks import ACCURACY, JSONLMetrics
 from proma_trl.tools.curves import read_curves
@@ -38,8 +39,10 @@ class RunArguments:
             "it where `isopo` is set; `proma_intra`, Intra-PROMA, with an `intra_dim` of 10 unless it is set; "
             "`proma_both`, both variants; `isopo` alone, `natural` unless `isopo` is set; `dppo`, DPPO's trust region "
             "alone, which all of the others have, too, where `divergence` is set; `reinforce`, which is none of "
-            "these; or `grpo`, TRL's own GRPOTrainer with its clipping. One file of settings serves them all: an "
-            "algorithm leaves the settings of the methods that it does not have unused."
+            "these; or `grpo`, TRL's own GRPOTrainer with its clipping. Two are controls: `proma_random`, PROMA's "
+            "projection along the directions of random other sequences, and `reinforce_matched`, REINFORCE with the "
+            "length of PROMA's updates, or with that of the variants that the settings choose. One file of settings "
+            "serves them all: an algorithm leaves the settings of the methods that it does not have unused."
         },
     )
     max_prompt_length: int | None = field(
@@ -142,13 +145,13 @@ def parse(
 
 def set_methods(algorithm: str, training_args: PROMAConfig) -> None:
     """Switches on the methods that an algorithm has, and off those that it does not have."""
-    if not algorithm.startswith("proma") or algorithm == "proma_intra":
+    if algorithm not in ("proma", "proma_both", "proma_random", "reinforce_matched"):
         training_args.projection = "none"
-    if algorithm not in ("proma_intra", "proma_both"):
+    if algorithm not in ("proma_intra", "proma_both", "reinforce_matched"):
         training_args.intra_dim = 0
-    elif training_args.intra_dim == 0:
+    elif training_args.intra_dim == 0 and algorithm != "reinforce_matched":
         training_args.intra_dim = INTRA_DIM
-    if algorithm in ("proma_intra", "dppo", "reinforce"):
+    if algorithm in ("proma_intra", "dppo", "reinforce", "proma_random"):
         training_args.isopo = "none"
     elif algorithm == "isopo" and training_args.isopo == "none":
         training_args.isopo = "natural"
@@ -172,7 +175,12 @@ def make_trainer(
         "dtype": model_args.dtype,
     }
     training_args.model_init_kwargs = init_kwargs | (training_args.model_init_kwargs or {})
-    trainer_class = {"grpo": GRPOTrainer, "dppo": DPPOTrainer}.get(args.algorithm, PROMATrainer)
+    trainer_class = {
+        "grpo": GRPOTrainer,
+        "dppo": DPPOTrainer,
+        "proma_random": RandomDirectionsTrainer,
+        "reinforce_matched": MatchedLengthTrainer,
+    }.get(args.algorithm, PROMATrainer)
     return trainer_class(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,

@@ -17,7 +17,17 @@ import proma_trl
 PACKAGE = Path(proma_trl.__file__).parent
 ROOT = Path(__file__).parents[1]
 # From the trainer down to the mathematics: a layer may import those below it
-LAYERS = ["tools", "trainer", "accumulation", "intra", "sequence_grads", "backends", "rules", "trust_region"]
+LAYERS = [
+    "tools",
+    "controls",
+    "trainer",
+    "accumulation",
+    "intra",
+    "sequence_grads",
+    "backends",
+    "rules",
+    "trust_region",
+]
 HELPERS = ["devices", "torch_internals", "validation"]
 
 

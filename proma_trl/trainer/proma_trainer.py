@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 from ..accumulation import ProjectedAccumulation
 from ..accumulation.microbatch import Microbatch
 from ..backends import whole_shape
-from ..rules import PROMA
+from ..rules import PROMA, UpdateRule
 from ..sequence_grads.probe import random_numbers_kept
 from .config import PROMAConfig
 from .fused_head import sequence_head
@@ -182,25 +182,29 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         rule, intra = args.update_rule(), args.intra_settings()
         if intra.removes or not rule.is_plain:
             check_setup(self.accelerator, args.n_gpu, self.model)
-            self.accumulation = ProjectedAccumulation(
-                self.model,
-                rule,
-                microbatch_size=args.per_device_train_batch_size,
-                memory_budget=args.projection_memory_budget,
-                accelerator=self.accelerator,
-                scope=args.projection_scope,
-                accumulator_dtype=getattr(torch, args.projection_accumulator_dtype),
-                intra_dim=intra.dim,
-                intra_power_iterations=intra.power_iterations,
-                intra_strength=intra.strength,
-                intra_target=intra.target,
-                intra_head=intra.head,
-                seed=args.seed,
-            )
+            self.accumulation = self._new_accumulation(rule, args.per_device_train_batch_size)
             if intra.removes and self.accelerator.is_main_process:
                 self.add_callback(_LogAtStart(logging.INFO, [self._what_intra_projects()]))
             if self.accumulation.rerun_names() and self.accelerator.is_main_process:
                 self.add_callback(_LogAtStart(logging.INFO, [self._what_runs_again()]))
+
+    def _new_accumulation(self, rule: UpdateRule, microbatch_size: int) -> ProjectedAccumulation:
+        args, intra = self.args, self.args.intra_settings()
+        return ProjectedAccumulation(
+            self.model,
+            rule,
+            microbatch_size=microbatch_size,
+            memory_budget=args.projection_memory_budget,
+            accelerator=self.accelerator,
+            scope=args.projection_scope,
+            accumulator_dtype=getattr(torch, args.projection_accumulator_dtype),
+            intra_dim=intra.dim,
+            intra_power_iterations=intra.power_iterations,
+            intra_strength=intra.strength,
+            intra_target=intra.target,
+            intra_head=intra.head,
+            seed=args.seed,
+        )
 
     def _ask_sampler_for_log_probs(self) -> None:
         """The trust region is anchored on them; and TRL's mask of off-policy sequences takes its weights of tokens."""

@@ -31,6 +31,7 @@ CARD_NAMES = {
     "dppo": "DPPO",
     "reinforce": "REINFORCE",
     "grpo": "GRPO",
+    "reinforce_matched": "REINFORCE with the step length of PROMA",
 }
 
 

@@ -1,0 +1,91 @@
+"""What a run reaches within a divergence from its initial policy, and how two algorithms compare over paired seeds."""
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from .curves import Curves
+
+
+def accuracy_within(run: Curves, budget: float) -> float:
+    """
+    The accuracy of a run when its KL divergence from the initial policy first exceeds a budget.
+
+    It is interpolated linearly between the evaluations before and after, along the largest divergence so far. A run
+    that stays within the budget counts with its last evaluation.
+
+    Args:
+        run (`Curves`): With `eval_accuracy` and `global_kl`, measured at the same steps. Before training, the latter
+            is zero.
+        budget (`float`): In nats per token.
+    """
+    steps, divergences = _frontier(run)
+    accuracies = [run["eval_accuracy"][step] for step in steps]
+    for i in range(1, len(steps)):
+        if divergences[i] > budget:
+            share = (budget - divergences[i - 1]) / (divergences[i] - divergences[i - 1])
+            return accuracies[i - 1] + share * (accuracies[i] - accuracies[i - 1])
+    return accuracies[-1]
+
+
+def frontier_score(run: Curves, budgets: Sequence[float]) -> float:
+    """The mean over budgets of [`accuracy_within`]."""
+    return statistics.fmean(accuracy_within(run, budget) for budget in budgets)
+
+
+def final_accuracy(run: Curves, evaluations: int = 3) -> float:
+    """The mean of the last evaluations."""
+    curve = run["eval_accuracy"]
+    return statistics.fmean(curve[step] for step in sorted(curve)[-evaluations:])
+
+
+def step_reaching(run: Curves, accuracy: float) -> int | None:
+    """The first evaluation with at least this accuracy, as its step; `None` if there is none."""
+    curve = run["eval_accuracy"]
+    return next((step for step in sorted(curve) if curve[step] >= accuracy), None)
+
+
+def mean_until(run: Curves, name: str, step: int) -> float:
+    """The mean of a metric over the measurements up to a step."""
+    return statistics.fmean(value for at, value in run[name].items() if at <= step)
+
+
+def mean_since(run: Curves, name: str, step: int, steps: int) -> float:
+    """The mean of a metric over the last `steps` optimizer steps up to a step."""
+    return statistics.fmean(value for at, value in run[name].items() if step - steps < at <= step)
+
+
+def paired_interval(
+    differences: Sequence[float], confidence: float = 0.95, resamples: int = 20000
+) -> tuple[float, float]:
+    """
+    A bootstrap interval of the mean of paired differences, by the percentile method: seeds are drawn with replacement.
+
+    Args:
+        differences (`Sequence[float]`): One a seed.
+        confidence (`float`, *optional*, defaults to `0.95`): What part of the resampled means lies within.
+        resamples (`int`, *optional*, defaults to `20000`): Number of resampled means, from a fixed random seed.
+    """
+    values = np.asarray(differences, dtype=float)
+    drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    outside = (1 - confidence) / 2
+    low, high = np.quantile(values[drawn].mean(1), [outside, 1 - outside])
+    return float(low), float(high)
+
+
+def probability_of_improvement(ours: Sequence[float], others: Sequence[float]) -> float:
+    """
+    The probability that a run of ours is better than one of the others, over all pairs of runs; ties count half
+    (Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", 2021).
+    """
+    x, y = np.asarray(ours, dtype=float)[:, None], np.asarray(others, dtype=float)[None]
+    return float(((x > y) + 0.5 * (x == y)).mean())
+
+
+def _frontier(run: Curves) -> tuple[list[int], list[float]]:
+    """The steps of a run's evaluations, and the largest divergence up to each."""
+    accuracies, divergences = run["eval_accuracy"], run["global_kl"]
+    steps = sorted(step for step in accuracies if step == 0 or step in divergences)
+    reached = np.maximum.accumulate([0.0 if step == 0 else divergences[step] for step in steps])
+    return steps, reached.tolist()
