@@ -30,7 +30,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 DOCS ?= .venv-docs
 DOCS_STAMP := $(DOCS)/.installed
 
-.PHONY: help install test test-slow test-vllm test-quantization test-triton test-oldest test-newest test-matrix docs docs-serve package lint format demo figure2 clean
+.PHONY: help install test test-slow test-vllm test-quantization test-triton test-oldest test-newest test-matrix docs docs-serve package lint format demo figure2 frontier clean
 
 help:
 	@echo "make test      run the tests, in minutes (ARGS=... goes to pytest, WORKERS=... is the number of processes)"
@@ -43,6 +43,7 @@ help:
 	@echo "make test-matrix run them with each release of TRL in the range, and write docs/compatibility.md's table"
 	@echo "make demo      warm-start a small policy and improve it with PROMA, on CPU, in minutes (ARGS=... goes to the demo)"
 	@echo "make figure2   compare PROMA with GRPO and REINFORCE on CPU, in under 20 minutes on 2 cores (ARGS=... goes to the recipe)"
+	@echo "make frontier  make the comparison of docs/protocol.md, in some 8 hours on 2 cores (ARGS=--quick: 10 minutes)"
 	@echo "make docs      build the documentation in site/; a warning is an error"
 	@echo "make docs-serve build it and serve it on this machine, again after each change"
 	@echo "make package   build the sdist and the wheel, check them, and use the wheel in an environment of its own (1 GB)"
@@ -132,6 +133,10 @@ demo: $(STAMP)
 
 figure2: $(STAMP)
 	$(RUN) recipes/figure2.py --config recipes/configs/figure2_cpu.yaml --output_dir runs/figure2_cpu $(ARGS)
+
+# It goes on from where it was
+frontier: $(STAMP)
+	$(RUN) recipes/frontier.py --output_dir $(if $(findstring --quick,$(ARGS)),runs/frontier_quick,runs/frontier) $(ARGS)
 
 clean:
 	rm -rf "$(VENV)" "$(VLLM_VENV)" "$(QUANTIZATION)" "$(TRITON)" "$(DOCS)" "$(OLDEST)" .venv-matrix .venv-package site .pytest_cache .ruff_cache build dist *.egg-info runs

@@ -26,16 +26,19 @@ _STYLES = (
     ("#E69F00", (0, (5, 1)), "v"),
     ("#56B4E9", (0, (3, 1, 1, 1)), "P"),
     ("#000000", (0, (1, 1)), "X"),
+    ("#F0E442", (0, (5, 1, 1, 1)), "<"),
+    ("#999999", (0, (2, 1)), ">"),
+    ("#882255", (0, (4, 2, 1, 2)), "*"),
 )
 
 
-def _new_figure() -> tuple["Figure", list["Axes"]]:
+def _new_figure(size: tuple[float, float] = (10, 7), rows: int = 2, columns: int = 2) -> tuple["Figure", list["Axes"]]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Figures need matplotlib: pip install 'proma-trl[figures]'") from error
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    return figure, list(figure.subplots(2, 2).flat)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
@@ -47,10 +50,14 @@ def _smooth(values: Sequence[float], window: int) -> list[float]:
 def _decorate(axes: Sequence["Axes"], x_label: str) -> None:
     for letter, axis, title in zip("abcd", axes, PANELS.values(), strict=True):
         axis.set_title(f"({letter}) {title}", fontsize=10, loc="left")
-        axis.set_xlabel(x_label, fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3, linewidth=0.5)
-        axis.spines[["top", "right"]].set_visible(False)
+        _frame(axis, x_label)
+
+
+def _frame(axis: "Axes", x_label: str) -> None:
+    axis.set_xlabel(x_label, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3, linewidth=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: "Figure", axes: Sequence["Axes"], stem: Path) -> None:
@@ -119,6 +126,54 @@ def draw_sweep(summaries: Mapping[float, Mapping[str, Mapping[str, float]]], ste
             axis.set_yscale("log")
     _decorate(axes, "Learning rate")
     _save(figure, axes, stem)
+
+
+def draw_frontiers(
+    budgets: Sequence[float], arms: Mapping[str, Sequence[tuple[float, float, float]]], stem: Path
+) -> None:
+    """
+    Draws the accuracy within each budget of divergence from the initial policy, as `<stem>.png` and `<stem>.svg`.
+
+    Args:
+        budgets (`Sequence[float]`): In nats per token.
+        arms (`Mapping`): Of each arm and budget, the mean over seeds and the ends of its interval.
+        stem (`Path`): The files' path without suffix.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    figure, (axis,) = _new_figure((8, 5.5), 1, 1)
+    for (label, bands), (colour, dashes, _) in zip(arms.items(), _styles(len(arms)), strict=True):
+        means, low, high = zip(*bands, strict=True)
+        axis.plot(budgets, means, color=colour, linestyle=dashes, linewidth=1.8, label=label)
+        axis.fill_between(budgets, low, high, color=colour, alpha=0.12, linewidth=0)
+    axis.set_ylabel("Validation accuracy", fontsize=9)
+    _frame(axis, "Budget of KL from the initial policy (nats per token)")
+    _save(figure, [axis], stem)
+
+
+def draw_tuning(scores: Mapping[str, Mapping[float, float]], stem: Path) -> None:
+    """
+    Draws each arm's score over learning rates, as `<stem>.png` and `<stem>.svg`. A larger marker is the best.
+
+    Args:
+        scores (`Mapping`): Of each arm and learning rate, the mean score over seeds.
+        stem (`Path`): The files' path without suffix.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    figure, (axis,) = _new_figure((8, 5.5), 1, 1)
+    for (label, curve), (colour, dashes, marker) in zip(scores.items(), _styles(len(scores)), strict=True):
+        best = max(curve, key=curve.get)
+        axis.plot(
+            [*curve], [*curve.values()], color=colour, linestyle=dashes, marker=marker, markersize=4, label=label
+        )
+        axis.plot([best], [curve[best]], color=colour, marker=marker, markersize=10)
+    axis.set_xscale("log")
+    axis.set_ylabel("Frontier score", fontsize=9)
+    _frame(axis, "Learning rate")
+    _save(figure, [axis], stem)
 
 
 def _styles(count: int) -> list[tuple]:

@@ -1,0 +1,246 @@
+"""The comparison on the embedded task: which runs it makes, that it makes them, and what it says of them."""
+
+import gzip
+import json
+import re
+import shutil
+import statistics
+
+import pytest
+from support.recipe import make_settings
+
+from proma_trl.recipes import frontier, frontier_report
+from proma_trl.recipes.frontier_plan import ARMS, BLOCKS, BUDGETS, QUICK, Plan, Run, read_runs
+from proma_trl.recipes.gsm8k import GSM8KArguments
+from proma_trl.recipes.training import parse
+from proma_trl.tools.frontiers import frontier_score
+
+
+def make_all(plan, score):
+    """Makes the plan's runs in the order in which it asks for them; returns them with their scores."""
+    scores = {}
+    while missing := plan.missing(scores):
+        assert len(set(missing)) == len(missing) and not set(missing) & set(scores)
+        scores[missing[0]] = score(missing[0])
+    return scores
+
+
+def test_tuning_extends_edges_then_tries_the_parameter():
+    # Best at 3.2e-6, below the grid; there, the last value is better than the first
+    plan = Plan((("on_policy", ["proma"]),))
+    scores = make_all(plan, lambda run: -abs(run.rate + 22) + 0.1 * run.value + run.seed)
+    tuning = [run for run in scores if run.seed in plan.tuning_seeds]
+    rates = [run.rate for run in tuning if run.value == 0 and run.seed == 0]
+    assert sorted(rates) == [-24, -22, -20, -18, -16, -14]
+    assert {(run.rate, run.value) for run in tuning if run.value} == {(-22, 1), (-22, 2)}
+    assert plan.chosen("on_policy", "proma", scores) == (-22, 2)
+    test = [run for run in scores if run.seed not in plan.tuning_seeds]
+    assert [(run.rate, run.value, run.seed) for run in test] == [(-22, 2, seed) for seed in range(100, 110)]
+
+
+def test_an_arm_without_a_parameter_gets_as_many_settings():
+    plan = Plan((("on_policy", ["reinforce", "grpo"]),))
+    scores = make_all(plan, lambda run: -abs(run.rate + 17.2))
+    for arm in ("reinforce", "grpo"):
+        assert len({(r.rate, r.value) for r in scores if r.arm == arm and r.seed == 0}) == 6
+    assert {run.rate for run in scores if run.arm == "reinforce"} == {-20, -19, -18, -17, -16, -14}
+    assert plan.chosen("on_policy", "reinforce", scores) == (-17, 0)
+
+
+def test_of_equal_settings_the_first_is_taken():
+    plan = Plan((("on_policy", ["proma"]),))
+    scores = make_all(plan, lambda run: float(run.rate in (-18, -16)))
+    assert plan.chosen("on_policy", "proma", scores) == (-18, 0)
+
+
+def test_blocks_in_order_and_seeds_outside():
+    plan = Plan((("on_policy", ["proma", "grpo"]), ("stale", ["grpo"])))
+    order = [*make_all(plan, lambda run: -abs(run.rate + 17.1))]
+    assert [run.regime for run in order] == sorted(run.regime for run in order)
+    tests = [run for run in order if run.seed >= 100]
+    assert [(run.arm, run.seed) for run in tests[:4]] == [
+        ("proma", 100),
+        ("grpo", 100),
+        ("proma", 101),
+        ("grpo", 101),
+    ]
+    # No arm is tested before all arms of its block are tuned
+    first = order.index(tests[0])
+    assert all(run.seed < 100 for run in order[:first]) and {run.arm for run in order[:first]} == {"proma", "grpo"}
+
+
+def test_the_plan_is_the_protocols():
+    on_policy = [arm for regime, arms in BLOCKS if regime == "on_policy" for arm in arms]
+    assert sorted(on_policy) == sorted(ARMS)
+    assert all(len(arm.values) == (3 if arm.parameter else 0) for arm in ARMS.values())
+    assert [Run("on_policy", "grpo", rate, 0, 0).learning_rate for rate in Plan().rates] == [
+        1e-5,
+        3.2e-5,
+        1e-4,
+        3.2e-4,
+    ]
+
+
+@pytest.mark.parametrize("regime", ["on_policy", "stale"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_options_are_those_of_the_recipe(regime, arm, tmp_path):
+    for value in range(max(1, len(ARMS[arm].values))):
+        run = Run(regime, arm, -16, value, 3)
+        config = ["--config", str(frontier.CONFIGS / f"frontier_{regime}.yaml"), "--model_name_or_path", "policy"]
+        paths = ["--dataset_name", "problems", "--output_dir", str(tmp_path)]
+        _, args, _ = parse(GSM8KArguments, [*config, *run.options(), *paths], None)
+        assert args.learning_rate == 1e-4 and args.seed == 3 and args.loss_type == "dapo"
+        assert args.max_steps * args.gradient_accumulation_steps * 8 == 5120 * args.num_iterations
+        if ARMS[arm].parameter:
+            assert getattr(args, ARMS[arm].parameter.removeprefix("--")) == ARMS[arm].values[value]
+    assert re.fullmatch(rf"{regime}/{arm}_lr_0\.0001\S*_seed_3", run.name)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A task and options with which a run takes a second."""
+    settings = make_settings(tmp_path)
+    (tmp_path / "out" / "task").mkdir(parents=True)
+    shutil.move(settings["model_name_or_path"], tmp_path / "out" / "task" / "warm_start")
+    shutil.move(settings["dataset_name"], tmp_path / "out" / "task" / "problems")
+    (tmp_path / "out" / "task" / "complete").touch()
+    names = ("max_steps", "num_generations", "max_completion_length")
+    options = [text for name in names for text in (f"--{name}", str(settings[name]))]
+    kwargs = json.dumps(settings["generation_kwargs"])
+    options += ["--gradient_accumulation_steps", "2", "--steps_per_generation", "4", "--generation_kwargs", kwargs]
+    return tmp_path / "out", [*options, "--eval_every", "1", "--kl_every", "1"]
+
+
+def test_a_run_leaves_nothing_to_the_next(tiny):
+    """In one process, the same run gives the same record after another one."""
+    output, options = tiny
+    runs = [Run("on_policy", "proma", -8, 0, 3), Run("on_policy", "reinforce_matched", -8, 0, 4)]
+    found = [frontier.execute(run, output / "task", output / "run", options) for run in (*runs, runs[0])]
+    assert found[0]["curves"] == found[2]["curves"] != found[1]["curves"]
+    assert found[0]["arm"] == "proma" and found[0]["seconds"] > 0
+    curves = found[0]["curves"]
+    assert [*curves["eval_accuracy"]] == ["0", "1", "2"] and [*curves["global_kl"]] == ["1", "2"]
+    assert {path.name for path in (output / "run").iterdir()} == {"run.log", "metrics.jsonl"}
+
+
+def test_whole_comparison(tiny, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    output, options = tiny
+    plan = Plan(
+        (("on_policy", ["proma", "reinforce"]),), tuning_seeds=[0], test_seeds=[100], rates=[-10, -8], extends=False
+    )
+    records = {}
+    # What a killed process leaves
+    (output / "runs.jsonl").write_text('{"regime": "on_pol')
+    frontier.execute_all(plan, records, output, jobs=1, options=options, minutes=0)
+    assert records == {}
+    (output / "runs.jsonl").unlink()
+    frontier.execute_all(plan, records, output, jobs=1, options=options, minutes=None)
+    assert len(records) == 6 and records == read_runs(output / "runs.jsonl")
+    assert all("Greedy accuracy" in (output / run.name / "run.log").read_text() for run in records)
+    assert plan.missing({run: frontier_score(record["curves"], BUDGETS) for run, record in records.items()}) == []
+    assert "6 complete, 0 or more to come" in capsys.readouterr().out
+    frontier.execute_all(plan, records, output, jobs=1, options=options, minutes=None)
+    assert len((output / "runs.jsonl").read_text().splitlines()) == 6
+
+    text = frontier_report.write_report(plan, records, output)
+    assert "| `proma - reinforce` |" in text and "| `proma` |" in text
+    assert {"frontier_on_policy.png", "tuning_on_policy.svg", "summary.json", "tables.md"} <= {
+        path.name for path in output.iterdir()
+    }
+
+
+def test_runs_of_other_settings_are_not_mixed(tmp_path):
+    frontier.check_settings(tmp_path, [])
+    frontier.check_settings(tmp_path, [])
+    with pytest.raises(ValueError, match="other settings"):
+        frontier.check_settings(tmp_path, ["--max_steps", "16"])
+
+
+def test_a_run_that_fails_ends_the_comparison(tiny):
+    output, options = tiny
+    plan = Plan((("on_policy", ["proma"]),), tuning_seeds=[0], test_seeds=[100], rates=[-8], extends=False)
+    with pytest.raises(ValueError, match="num_generations"):
+        frontier.execute_all(plan, {}, output, 1, [*options, "--num_generations", "7"], None)
+    assert (output / "runs.jsonl").read_text() == ""
+
+
+def curves(scale, entropy=0.5):
+    """Accuracy that rises over ten evaluations, with a divergence of a certain rate."""
+    steps = range(4, 41, 4)
+    return {
+        "eval_accuracy": {0: 0.2, **{step: min(0.9, 0.2 + step / 40) for step in steps}},
+        "global_kl": {step: scale * step for step in steps},
+        "local_kl": dict.fromkeys(steps, scale),
+        "entropy": dict.fromkeys(range(1, 41), entropy),
+    }
+
+
+def made_up(plan):
+    """Records in which PROMA diverges half as much as the others."""
+    records = {}
+
+    def score(run):
+        scale = 0.0005 if run.arm == "proma" else 0.001
+        record = {"seconds": 1.0, "curves": curves(scale * (1 + 0.01 * run.seed + abs(run.rate + 17)))}
+        records[run] = record
+        return frontier_score(record["curves"], BUDGETS)
+
+    make_all(plan, score)
+    return records
+
+
+def test_report(tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    plan = Plan((("on_policy", ["proma", "reinforce", "proma_random"]),), extends=False)
+    records = made_up(plan)
+    frontier_report.write_report(plan, records, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())["on_policy"]
+    test = [run for run in records if run.arm == "proma" and run.seed >= 100]
+    assert len(test) == 10
+    scores = [frontier_score(records[run]["curves"], BUDGETS) for run in test]
+    proma = summary["arms"]["proma"]
+    assert proma["score"][0] == pytest.approx(statistics.fmean(scores))
+    assert proma["seeds"] == proma["reached_target"] == 10 and proma["learning_rate"] == 3.2e-5
+    # All rates end at the same accuracy
+    assert proma["rate_decades"] == 2.0
+    assert proma["completions_to_target"][0] == 5120 * 24 / 40
+    assert proma["entropy_at_target"] == [0.5, 0.5, 0.5]
+    paired = summary["frontier_score"]["proma - proma_random"]
+    assert paired["difference"][1] > 0 and paired["probability_of_improvement"] == 1.0 and paired["seeds"] == 10
+    assert summary["final_accuracy"]["proma - reinforce"]["difference"][0] == pytest.approx(0)
+
+
+def test_an_arm_that_never_reaches_the_target():
+    run = curves(0.001)
+    run["eval_accuracy"] = dict.fromkeys(run["eval_accuracy"], 0.2)
+    found = frontier_report.summarize_arm([run, curves(0.001)])
+    assert found["reached_target"] == 1 and found["completions_to_target"][0] == 5120 * 24 / 40
+    assert "local_kl_to_target" not in frontier_report.summarize_arm([run])
+    assert "| `proma` | 0 of 1 |  |  |  |" in frontier_report.tables(
+        "stale",
+        {
+            "arms": {
+                "proma": {
+                    "learning_rate": 1e-4,
+                    "projection_bound": 0.5,
+                    "rate_decades": 1.0,
+                    **frontier_report.summarize_arm([run]),
+                }
+            },
+            "frontier_score": {},
+            "final_accuracy": {},
+        },
+    )
+
+
+def test_report_from_a_file(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    lines = [
+        json.dumps({**vars(run), "seconds": 1.0, "curves": record["curves"]}) + "\n"
+        for run, record in made_up(QUICK).items()
+    ]
+    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    arguments = ["--runs", str(tmp_path / "runs.jsonl.gz"), "--output_dir", str(tmp_path / "report"), "--quick"]
+    frontier_report.main(arguments)
+    assert "`proma - reinforce_matched`" in capsys.readouterr().out
