@@ -29,7 +29,7 @@ from pathlib import Path
 import yaml
 from trl import TrlParser
 
-from proma_trl.recipes.frontier_plan import BUDGETS, QUICK, Plan, Run, read_runs
+from proma_trl.recipes.frontier_plan import BUDGETS, PROTOCOL, QUICK, REGIMES, Plan, Run, read_runs
 from proma_trl.recipes.frontier_report import write_report
 from proma_trl.recipes.word_problems import write_task
 from proma_trl.tools.frontiers import frontier_score
@@ -45,6 +45,9 @@ SUMMARIES = {
     "removed": "projection/norm_ratio",
     "masked": "dppo/masked_fraction",
     "clipped": "clip_ratio/region_mean",
+    "update_overlap": "update/overlap",
+    "update_tensor_overlap": "update/tensor_overlap",
+    "update_last_tensor_overlap": "update/last_tensor_overlap",
 }
 
 
@@ -85,13 +88,14 @@ def execute(run: Run, task: Path, folder: Path, options: Sequence[str]) -> dict:
     """
     from proma_trl.recipes import gsm8k
 
+    config, own = REGIMES[run.regime]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     begin = time.monotonic()
     with _output_in(folder / "run.log"):
         gsm8k.main(
             [
-                *("--config", str(CONFIGS / f"frontier_{run.regime}.yaml")),
+                *("--config", str(CONFIGS / config), *own.split()),
                 *("--model_name_or_path", str(task / "warm_start"), "--dataset_name", str(task / "problems")),
                 *options,
                 *run.options(),
@@ -188,7 +192,7 @@ def main(arguments: list[str]) -> None:
     (args,) = parser.parse_args_and_config(arguments)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    plan, options = (QUICK, ["--max_steps", "16"]) if args.quick else (Plan(), [])
+    plan, options = (QUICK, ["--max_steps", "16"]) if args.quick else (PROTOCOL, [])
     check_settings(output, options)
     if not (output / "task" / "complete").is_file():
         print("Generating problems, and warm-starting a small policy with SFTTrainer.", flush=True)

@@ -3,7 +3,7 @@
 import gzip
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,14 +44,14 @@ ARMS = {
 
 CONTROLS = ("reinforce_matched", "proma_random")
 
-# In order of importance: a block is tuned and tested before the next one begins
-MAIN = ("proma", "reinforce", "reinforce_matched", "proma_random", "proma_intra", "grpo")
-BLOCKS = (
-    ("on_policy", MAIN),
-    ("stale", ("proma", "reinforce", "reinforce_matched", "proma_intra", "grpo", "dppo")),
-    ("on_policy", ("dppo", "isopo", "grpo_kl", "proma_both")),
-)
-QUICK_BLOCKS = (("on_policy", ("proma", "reinforce", "reinforce_matched", "proma_random")),)
+# Of each regime, the file in `configs`, and what is set beside it
+REGIMES = {
+    "on_policy": ("frontier_on_policy.yaml", ""),
+    "stale": ("frontier_stale.yaml", ""),
+    "groups": ("frontier_on_policy.yaml", "--whole_groups true"),
+    "adamw": ("frontier_on_policy.yaml", "--overlap_every 8"),
+    "sgd": ("frontier_on_policy.yaml", "--overlap_every 8 --optim sgd"),
+}
 
 
 @dataclass(frozen=True)
@@ -84,51 +84,36 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Block:
     """
-    Which runs a comparison makes, as a function of what runs have scored.
+    Arms in one regime, which are tuned and then tested with the same seeds.
 
     Attributes:
-        blocks (`Sequence`): Pairs of a regime and its arms, in order.
-        tuning_seeds (`Sequence[int]`), test_seeds (`Sequence[int]`): Seeds.
+        regime (`str`): One of [`REGIMES`].
+        arms (`Sequence[str]`): Names of arms.
         rates (`Sequence[int]`): The first learning rates, in quarters of a decade, two apart.
+        tuning_seeds (`Sequence[int]`), test_seeds (`Sequence[int]`): Seeds.
         extends (`bool`): Whether edges are extended and parameters tuned.
+        tuned_in (`str`, *optional*): Another regime, whose choices are taken in the place of tuning.
     """
 
-    blocks: Sequence[tuple[str, Sequence[str]]] = BLOCKS
+    regime: str
+    arms: Sequence[str]
+    rates: Sequence[int] = FIRST_RATES
     tuning_seeds: Sequence[int] = TUNING_SEEDS
     test_seeds: Sequence[int] = TEST_SEEDS
-    rates: Sequence[int] = FIRST_RATES
     extends: bool = True
+    tuned_in: str | None = None
 
-    def missing(self, scores: Mapping[Run, float]) -> list[Run]:
-        """The runs that can be made now, the most important first; empty when all have been made."""
-        runs = []
-        for regime, arms in self.blocks:
-            chosen = {}
-            for arm in arms:
-                steps = self._tuning(regime, arm, scores)
-                wanted = next(steps)
-                if isinstance(wanted, list):
-                    runs += [run for run in wanted if run not in scores]
-                else:
-                    chosen[arm] = wanted
-            # Seeds outside: a block that is cut off has compared its arms
-            if len(chosen) == len(arms):
-                tests = [self._at(regime, arm, chosen[arm], seed) for seed in self.test_seeds for arm in arms]
-                runs += [run for run in tests if run not in scores]
-        return runs
+    def run(self, arm: str, point: tuple[int, int], seed: int) -> Run:
+        """An arm's run at a point: a rate, and the place of the parameter's value."""
+        return Run(self.regime, arm, *point, seed)
 
-    def chosen(self, regime: str, arm: str, scores: Mapping[Run, float]) -> tuple[int, int] | None:
-        """The rate and the place of the parameter's value that an arm is tested with; `None` before it is tuned."""
-        wanted = next(self._tuning(regime, arm, scores))
-        return None if isinstance(wanted, list) else wanted
-
-    def _tuning(self, regime: str, arm: str, scores: Mapping[Run, float]) -> Iterator[list[Run] | tuple[int, int]]:
-        """Yields the runs of the first stage of tuning that is not complete; if all are, the best setting."""
+    def tuning(self, arm: str, scores: Mapping[Run, float]) -> list[Run] | tuple[int, int]:
+        """The runs of the first stage of an arm's tuning that is not complete; if all are, the best point."""
 
         def runs(points: Sequence[tuple[int, int]]) -> list[Run]:
-            return [self._at(regime, arm, point, seed) for point in points for seed in self.tuning_seeds]
+            return [self.run(arm, point, seed) for point in points for seed in self.tuning_seeds]
 
         def mean(point: tuple[int, int]) -> float:
             return statistics.fmean(scores[run] for run in runs([point]))
@@ -136,25 +121,68 @@ class Plan:
         points = [(rate, 0) for rate in self.rates]
         while True:
             if any(run not in scores for run in runs(points)):
-                yield runs(points)
+                return runs(points)
             best = max(points, key=mean)
             edge = {min(points): (best[0] - 2, 0), max(points): (best[0] + 2, 0)}.get(best)
             if edge is None or not self.extends:
                 break
             points = sorted([*points, edge])
-        if self.extends:
-            places = range(1, len(ARMS[arm].values))
-            further = [(best[0], place) for place in places] or [(best[0] - 1, 0), (best[0] + 1, 0)]
-            if any(run not in scores for run in runs(further)):
-                yield runs(further)
-            best = max([best, *further], key=mean)
-        yield best
-
-    def _at(self, regime: str, arm: str, point: tuple[int, int], seed: int) -> Run:
-        return Run(regime, arm, *point, seed)
+        if not self.extends:
+            return best
+        places = range(1, len(ARMS[arm].values))
+        further = [(best[0], place) for place in places] or [(best[0] - 1, 0), (best[0] + 1, 0)]
+        if any(run not in scores for run in runs(further)):
+            return runs(further)
+        return max([best, *further], key=mean)
 
 
-QUICK = Plan(QUICK_BLOCKS, tuning_seeds=(0,), test_seeds=(100, 101), rates=(-18, -16), extends=False)
+class Plan:
+    """
+    Which runs a comparison makes, as a function of what runs have scored.
+
+    Args:
+        blocks (`Sequence[Block]`): In order of importance.
+    """
+
+    def __init__(self, blocks: Sequence[Block]):
+        self.blocks = blocks
+
+    def missing(self, scores: Mapping[Run, float]) -> list[Run]:
+        """The runs that can be made now, the most important first; empty when all have been made."""
+        runs = []
+        for block in self.blocks:
+            chosen = {arm: self.chosen(block, arm, scores) for arm in block.arms}
+            if block.tuned_in is None:
+                stages = [block.tuning(arm, scores) for arm, point in chosen.items() if point is None]
+                runs += [run for stage in stages for run in stage]
+            # Seeds outside: a block that is cut off has compared its arms
+            if None not in chosen.values():
+                runs += [block.run(arm, chosen[arm], seed) for seed in block.test_seeds for arm in block.arms]
+        return [run for run in runs if run not in scores]
+
+    def chosen(self, block: Block, arm: str, scores: Mapping[Run, float]) -> tuple[int, int] | None:
+        """The point that an arm of a block is tested with; `None` before it is tuned."""
+        if block.tuned_in is not None:
+            block = next(other for other in self.blocks if other.regime == block.tuned_in and arm in other.arms)
+        point = block.tuning(arm, scores)
+        return None if isinstance(point, list) else point
+
+
+_SGD_RATES = (-4, -2, 0, 2)  # 0.1 to 3.2
+_MAIN = ("proma", "reinforce", "reinforce_matched", "proma_random", "proma_intra", "grpo")
+_STALE = ("proma", "reinforce", "reinforce_matched", "proma_intra", "grpo", "dppo")
+_REST = ("dppo", "isopo", "grpo_kl", "proma_both")
+PROTOCOL = Plan(
+    [
+        Block("on_policy", _MAIN),
+        Block("stale", _STALE),
+        Block("groups", ("proma", "proma_intra"), tuned_in="on_policy"),
+        Block("adamw", _MAIN, test_seeds=TUNING_SEEDS, tuned_in="on_policy"),
+        Block("sgd", _MAIN[:4], _SGD_RATES, test_seeds=(), extends=False),
+        Block("on_policy", _REST),
+    ]
+)
+QUICK = Plan([Block("on_policy", _MAIN[:4], (-18, -16), tuning_seeds=(0,), test_seeds=(100, 101), extends=False)])
 
 
 def read_runs(path: Path) -> dict[Run, dict]:

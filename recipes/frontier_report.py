@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from proma_trl.recipes.frontier_plan import ARMS, BUDGETS, CONTROLS, QUICK, TARGET, Plan, Run, read_runs
+from proma_trl.recipes.frontier_plan import ARMS, BUDGETS, CONTROLS, PROTOCOL, QUICK, TARGET, Plan, Run, read_runs
 from proma_trl.tools.curves import Curves
 from proma_trl.tools.figures import draw_frontiers, draw_tuning
 from proma_trl.tools.frontiers import (
@@ -83,32 +83,20 @@ class Regime:
     def __init__(self, name: str, plan: Plan, records: Records):
         self.name = name
         scores = {run: frontier_score(record["curves"], BUDGETS) for run, record in records.items()}
-        arms = [arm for regime, block in plan.blocks if regime == name for arm in block]
-        chosen = {arm: plan.chosen(name, arm, scores) for arm in arms}
-        self.chosen = {arm: point for arm, point in chosen.items() if point is not None}
-
-        def at(arm: str, point: tuple[int, int], seed: int) -> Run:
-            return Run(name, arm, *point, seed)
-
-        self.test = {
-            arm: {
-                seed: records[at(arm, point, seed)]["curves"]
-                for seed in plan.test_seeds
-                if at(arm, point, seed) in records
-            }
-            for arm, point in self.chosen.items()
-        }
-        self.test = {arm: runs for arm, runs in self.test.items() if runs}
-        # On the grid of half decades, with the parameter's first value
-        self.tuning = {
-            arm: {
-                rate: [records[at(arm, (rate, 0), seed)]["curves"] for seed in plan.tuning_seeds]
-                for rate in sorted({run.rate for run in records if (run.regime, run.arm) == (name, arm)})
-                if rate % 2 == 0 and all(at(arm, (rate, 0), seed) in records for seed in plan.tuning_seeds)
-            }
-            for arm in arms
-        }
-        self.tuning = {arm: rates for arm, rates in self.tuning.items() if rates}
+        self.chosen, self.test, self.tuning = {}, {}, {}
+        for block in plan.blocks:
+            for arm in block.arms if block.regime == name else ():
+                point = plan.chosen(block, arm, scores)
+                runs = {} if point is None else {seed: block.run(arm, point, seed) for seed in block.test_seeds}
+                runs = {seed: records[run]["curves"] for seed, run in runs.items() if run in records}
+                if runs:
+                    self.chosen[arm], self.test[arm] = point, runs
+                # On the grid of half decades, with the parameter's first value
+                rates = {run.rate for run in records if (run.regime, run.arm) == (name, arm) and run.rate % 2 == 0}
+                for rate in sorted(rates):
+                    runs = [block.run(arm, (rate, 0), seed) for seed in block.tuning_seeds]
+                    if all(run in records for run in runs):
+                        self.tuning.setdefault(arm, {})[rate] = [records[run]["curves"] for run in runs]
 
     def pairs(self, arm: str, other: str) -> tuple[list[Curves], list[Curves]]:
         """The test runs of two arms with the same seeds."""
@@ -213,7 +201,7 @@ def write_report(plan: Plan, records: Records, output: Path) -> str:
     """Writes the report of the runs that are complete. Returns its tables."""
     texts, summaries = [], {}
     budgets = [2 * max(BUDGETS) * i / (_POINTS - 1) for i in range(_POINTS)]
-    for name in dict.fromkeys(regime for regime, _ in plan.blocks):
+    for name in dict.fromkeys(block.regime for block in plan.blocks):
         regime = Regime(name, plan, records)
         if regime.tuning:
             scores = {
@@ -252,7 +240,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="the runs are those of the quick version")
     args = parser.parse_args(arguments)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    print(write_report(QUICK if args.quick else Plan(), read_runs(args.runs), args.output_dir))
+    print(write_report(QUICK if args.quick else PROTOCOL, read_runs(args.runs), args.output_dir))
 
 
 if __name__ == "__main__":

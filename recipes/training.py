@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +23,9 @@ from proma_trl.tools.callbacks import ACCURACY, JSONLMetrics
 from proma_trl.tools.curves import read_curves
 from proma_trl.tools.figures import PANELS, draw_runs
 from proma_trl.tools.policy_metrics import PolicyMetrics
+from proma_trl.tools.update_overlap import UpdateOverlap
 from proma_trl.trainer.model_card import FIGURE, CardDataset, ModelCardMixin
+from proma_trl.trainer.trl_internals import rollouts_in_order
 
 # The dimension of Intra-PROMA's subspaces in the paper's best runs
 INTRA_DIM = 10
@@ -65,9 +68,26 @@ class RunArguments:
         metadata={"help": "Sum KL divergences over the whole vocabulary instead of estimating them: small models."},
     )
 
+    whole_groups: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave a rollout's sequences in the order of their prompts, so that a microbatch holds whole "
+            "groups where `per_device_train_batch_size` is a multiple of `num_generations`. TRL shuffles them."
+        },
+    )
+    overlap_every: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps between two measurements of the overlap between a step's parameter update and "
+            "its sequences' gradients (`update/*`), which takes a backward pass of each sequence. 0 switches them "
+            "off."
+        },
+    )
+
     def __post_init__(self):
-        if self.kl_every < 0:
-            raise ValueError(f"kl_every={self.kl_every} is negative. Set it to 0 to switch it off.")
+        for name in ("kl_every", "overlap_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative. Set it to 0 to switch it off.")
 
 
 class GRPOTrainer(ModelCardMixin, trl.GRPOTrainer):
@@ -199,6 +219,8 @@ def run(trainer: trl.GRPOTrainer, args: RunArguments, card_dataset: CardDataset)
     training_args = trainer.args
     if args.kl_every > 0:
         trainer.add_callback(PolicyMetrics(trainer, args.kl_every, lag=args.kl_lag, exact=args.kl_exact))
+    if args.overlap_every > 0:
+        trainer.add_callback(UpdateOverlap(trainer, args.overlap_every))
     # A card names datasets that others can find.
     if not os.path.exists(card_dataset.name):
         trainer.card_dataset = card_dataset
@@ -206,7 +228,8 @@ def run(trainer: trl.GRPOTrainer, args: RunArguments, card_dataset: CardDataset)
     resume = {"true": True, "false": None}.get(
         str(training_args.resume_from_checkpoint).lower(), training_args.resume_from_checkpoint
     )
-    trainer.train(resume_from_checkpoint=resume)
+    with rollouts_in_order() if args.whole_groups else nullcontext():
+        trainer.train(resume_from_checkpoint=resume)
     accuracies = [record[ACCURACY] for record in trainer.state.log_history if ACCURACY in record]
     if accuracies:
         trainer.accelerator.print(f"Greedy accuracy: {accuracies[0]:.1%} before training, {accuracies[-1]:.1%} after.")

@@ -2,17 +2,15 @@
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
-from trl.models.utils import disable_gradient_checkpointing
 
 from ..backends import weights_are_sharded
+from .measurement import PolicyMeasurement
 
 _VISION_INPUTS = (
     "pixel_values",
@@ -80,7 +78,7 @@ class _Policy:
         return sampled_kl(self.log_probs, log_probs.gather(-1, self.tokens)).squeeze(-1)
 
 
-class PolicyMetrics(TrainerCallback):
+class PolicyMetrics(PolicyMeasurement):
     r"""
     Logs how far the policy moves, on the sequences of the very step that moves it, as means over their tokens in nats:
 
@@ -139,24 +137,17 @@ class PolicyMetrics(TrainerCallback):
         initial: bool = True,
         exact: bool = False,
     ):
-        for name, value in (("every_steps", every_steps), ("lag", lag), ("window", window)):
+        for name, value in (("lag", lag), ("window", window)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} has to be at least 1.")
-        if not isinstance(trainer, GRPOTrainer | RLOOTrainer):
-            raise TypeError(
-                "PolicyMetrics measures on completions of the policy, so it needs a trainer that samples them: a "
-                f"`GRPOTrainer`, `RLOOTrainer` or a subclass, not a `{type(trainer).__name__}`."
-            )
-        self.trainer = trainer
-        self.every_steps = every_steps
+        super().__init__(trainer, every_steps)
         self.lag = lag
         self.window = window
         self.exact = exact
         # Before a checkpoint is loaded: a resumed run measures from where it began.
-        self._initial = self._copy_weights() if initial else None
+        self._initial = self.copy_weights() if initial else None
         self._snapshots: dict[int, dict[str, torch.Tensor]] = {}
         self._lagged: deque[tuple[int, float]] = deque()
-        self._microbatches: list[dict[str, Any]] = []
         self._before: list[list[_Policy]] = []
         # Its own, so that training draws what it would have drawn
         self._generator = torch.Generator(trainer.accelerator.device).manual_seed(trainer.args.seed)
@@ -172,32 +163,25 @@ class PolicyMetrics(TrainerCallback):
         self._snapshots.clear()
         self._lagged.clear()
         self._keep_snapshot(state.global_step)
-        compute_loss = type(trainer).compute_loss
-
-        def recorded(model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> torch.Tensor:
-            if model.training and self._is_measured(state.global_step + 1):
-                self._microbatches.append(inputs)
-            return compute_loss(trainer, model, inputs, *rest, **options)
-
-        trainer.compute_loss = recorded
+        self.begin_recording(state)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
         self._before = [
-            [self._keep(log_probs) for _, log_probs in self._log_probs(inputs)] for inputs in self._microbatches
+            [self._keep(log_probs) for _, log_probs in self._log_probs(inputs)] for inputs in self.microbatches
         ]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         step = state.global_step
         self._keep_snapshot(step)
-        if not self._is_measured(step):
+        if not self.is_measured(step):
             return
         others = {"kl/lagged": self._snapshots.pop(step - (self.lag or 0), None), "kl/global": self._initial}
         others = {name: weights for name, weights in others.items() if weights is not None}
         totals = dict.fromkeys(["kl/local", *others], 0.0)
         places = 0
-        for inputs, before in zip(self._microbatches, self._before, strict=True):
+        for inputs, before in zip(self.microbatches, self._before, strict=True):
             after = []
             for policy, (counted, log_probs) in zip(before, self._log_probs(inputs), strict=True):
                 places += counted.sum()
@@ -205,22 +189,19 @@ class PolicyMetrics(TrainerCallback):
                 if others:
                     after.append(self._keep(log_probs))
             for name, weights in others.items():
-                with self._weights(weights):
+                with self.weights(weights):
                     for policy, (counted, log_probs) in zip(after, self._log_probs(inputs), strict=True):
                         totals[name] += policy.divergence(log_probs)[counted].sum()
-        self._microbatches, self._before = [], []
+        self.microbatches, self._before = [], []
         self._record(totals, places, step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.trainer.__dict__.pop("compute_loss", None)
-        self._microbatches, self._before = [], []
-
-    def _is_measured(self, step: int) -> bool:
-        return step % self.every_steps == 0
+        self.end_recording()
+        self._before = []
 
     def _keep_snapshot(self, step: int) -> None:
-        if self.lag and self._is_measured(step + self.lag):
-            self._snapshots[step] = self._copy_weights()
+        if self.lag and self.is_measured(step + self.lag):
+            self._snapshots[step] = self.copy_weights()
 
     def _record(self, totals: dict[str, torch.Tensor], places: torch.Tensor, step: int) -> None:
         """Averages over the places of all ranks, and hands the means to the trainer's next log."""
@@ -246,21 +227,15 @@ class PolicyMetrics(TrainerCallback):
         counted = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
         vision = {name: inputs[name] for name in _VISION_INPUTS if name in inputs}
         step = len(input_ids) if vision else self._sequences_at_a_time(input_ids.size(1))
-        # Without dropout, it is the policy that generates
-        was_training = trainer.model.training
-        trainer.model.eval()
-        try:
-            with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
-                for start in range(0, len(input_ids), step):
-                    few = slice(start, start + step)
-                    with trainer.accelerator.autocast():
-                        logits = trainer.model(
-                            input_ids=input_ids[few], attention_mask=attention_mask[few], **vision
-                        ).logits
-                    logits = logits[:, -counted.size(1) - 1 : -1].float()
-                    yield counted[few], (logits / trainer.temperature).log_softmax(-1)
-        finally:
-            trainer.model.train(was_training)
+        with self.as_it_generates():
+            for start in range(0, len(input_ids), step):
+                few = slice(start, start + step)
+                with trainer.accelerator.autocast():
+                    logits = trainer.model(
+                        input_ids=input_ids[few], attention_mask=attention_mask[few], **vision
+                    ).logits
+                logits = logits[:, -counted.size(1) - 1 : -1].float()
+                yield counted[few], (logits / trainer.temperature).log_softmax(-1)
 
     def _sequences_at_a_time(self, length: int) -> int:
         if weights_are_sharded(self.trainer.accelerator):
@@ -276,22 +251,3 @@ class PolicyMetrics(TrainerCallback):
         noise = torch.empty_like(log_probs).exponential_(generator=self._generator)
         tokens = (log_probs.exp() / noise).argmax(-1, keepdim=True)
         return _Policy(log_probs.gather(-1, tokens), tokens)
-
-    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, param) for name, param in self.trainer.model.named_parameters() if param.requires_grad)
-
-    def _copy_weights(self) -> dict[str, torch.Tensor]:
-        return {name: param.detach().clone() for name, param in self._trainable()}
-
-    @contextmanager
-    def _weights(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-        """The model with other weights, which take the place of its own and are not copied."""
-        own = {name: param.data for name, param in self._trainable()}
-        try:
-            for name, param in self._trainable():
-                weights[name] = weights[name].to(param.device, param.dtype)
-                param.data = weights[name]
-            yield
-        finally:
-            for name, param in self._trainable():
-                param.data = own[name]

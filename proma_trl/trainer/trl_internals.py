@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import trl
+import trl.trainer.grpo_trainer as grpo_trainer
 import trl.trainer.utils as trl_utils
 from packaging.version import Version
 from peft import PeftModel
@@ -81,6 +82,8 @@ _ATTRIBUTES = (
     "vllm_generation",
     "vllm_mode",
 )
+# Functions that its methods call
+_FUNCTIONS = ("shuffle_sequence_dict",)
 _HEAD_NAMES = ("_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx")
 _KERNEL_NAMES = ("_BLOCK_SIZE",)
 if not _IS_1_15:
@@ -122,6 +125,7 @@ def _moved_in_trainer() -> Iterator[str]:
     yield from (f"GRPOTrainer.{name}" for name in _CLASS_ATTRIBUTES if not hasattr(GRPOTrainer, name))
     used = {name for value in vars(GRPOTrainer).values() for name in getattr(_code(value), "co_names", ())}
     yield from (f"GRPOTrainer.{name}" for name in _ATTRIBUTES if name not in used)
+    yield from (f"trl.trainer.grpo_trainer.{name}" for name in _FUNCTIONS if name not in used)
 
 
 def _code(method: Any) -> Any:
@@ -306,6 +310,11 @@ def unwrapped_for_generation(trainer: GRPOTrainer) -> AbstractContextManager:
         gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
         **({} if _IS_1_15 else settings),
     )
+
+
+def rollouts_in_order() -> AbstractContextManager:
+    """Within the context, a rollout's sequences are split into microbatches in the order of their prompts."""
+    return replaced(grpo_trainer, "shuffle_sequence_dict", lambda rollout: rollout)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 from support.recipe import make_settings
 
 from proma_trl.recipes import frontier, frontier_report
-from proma_trl.recipes.frontier_plan import ARMS, BLOCKS, BUDGETS, QUICK, Plan, Run, read_runs
+from proma_trl.recipes.frontier_plan import ARMS, BUDGETS, PROTOCOL, QUICK, REGIMES, Block, Plan, Run, read_runs
 from proma_trl.recipes.gsm8k import GSM8KArguments
 from proma_trl.recipes.training import parse
 from proma_trl.tools.frontiers import frontier_score
@@ -27,34 +27,34 @@ def make_all(plan, score):
 
 def test_tuning_extends_edges_then_tries_the_parameter():
     # Best at 3.2e-6, below the grid; there, the last value is better than the first
-    plan = Plan((("on_policy", ["proma"]),))
+    plan = Plan([Block("on_policy", ["proma"])])
     scores = make_all(plan, lambda run: -abs(run.rate + 22) + 0.1 * run.value + run.seed)
-    tuning = [run for run in scores if run.seed in plan.tuning_seeds]
+    tuning = [run for run in scores if run.seed < 100]
     rates = [run.rate for run in tuning if run.value == 0 and run.seed == 0]
     assert sorted(rates) == [-24, -22, -20, -18, -16, -14]
     assert {(run.rate, run.value) for run in tuning if run.value} == {(-22, 1), (-22, 2)}
-    assert plan.chosen("on_policy", "proma", scores) == (-22, 2)
-    test = [run for run in scores if run.seed not in plan.tuning_seeds]
+    assert plan.chosen(plan.blocks[0], "proma", scores) == (-22, 2)
+    test = [run for run in scores if run.seed >= 100]
     assert [(run.rate, run.value, run.seed) for run in test] == [(-22, 2, seed) for seed in range(100, 110)]
 
 
 def test_an_arm_without_a_parameter_gets_as_many_settings():
-    plan = Plan((("on_policy", ["reinforce", "grpo"]),))
+    plan = Plan([Block("on_policy", ["reinforce", "grpo"])])
     scores = make_all(plan, lambda run: -abs(run.rate + 17.2))
     for arm in ("reinforce", "grpo"):
         assert len({(r.rate, r.value) for r in scores if r.arm == arm and r.seed == 0}) == 6
     assert {run.rate for run in scores if run.arm == "reinforce"} == {-20, -19, -18, -17, -16, -14}
-    assert plan.chosen("on_policy", "reinforce", scores) == (-17, 0)
+    assert plan.chosen(plan.blocks[0], "reinforce", scores) == (-17, 0)
 
 
 def test_of_equal_settings_the_first_is_taken():
-    plan = Plan((("on_policy", ["proma"]),))
+    plan = Plan([Block("on_policy", ["proma"])])
     scores = make_all(plan, lambda run: float(run.rate in (-18, -16)))
-    assert plan.chosen("on_policy", "proma", scores) == (-18, 0)
+    assert plan.chosen(plan.blocks[0], "proma", scores) == (-18, 0)
 
 
 def test_blocks_in_order_and_seeds_outside():
-    plan = Plan((("on_policy", ["proma", "grpo"]), ("stale", ["grpo"])))
+    plan = Plan([Block("on_policy", ["proma", "grpo"]), Block("stale", ["grpo"])])
     order = [*make_all(plan, lambda run: -abs(run.rate + 17.1))]
     assert [run.regime for run in order] == sorted(run.regime for run in order)
     tests = [run for run in order if run.seed >= 100]
@@ -69,11 +69,19 @@ def test_blocks_in_order_and_seeds_outside():
     assert all(run.seed < 100 for run in order[:first]) and {run.arm for run in order[:first]} == {"proma", "grpo"}
 
 
+def test_settings_that_another_regime_has_chosen():
+    plan = Plan([Block("on_policy", ["proma"]), Block("stale", ["proma"], test_seeds=[7, 8], tuned_in="on_policy")])
+    scores = make_all(plan, lambda run: -abs(run.rate + 17.2))
+    assert [run for run in scores if run.regime == "stale"] == [Run("stale", "proma", -18, 0, seed) for seed in (7, 8)]
+    assert plan.missing({}) == plan.blocks[0].tuning("proma", {})
+
+
 def test_the_plan_is_the_protocols():
-    on_policy = [arm for regime, arms in BLOCKS if regime == "on_policy" for arm in arms]
+    on_policy = [arm for block in PROTOCOL.blocks if block.regime == "on_policy" for arm in block.arms]
     assert sorted(on_policy) == sorted(ARMS)
+    assert all((*block.tuning_seeds, *block.test_seeds) == (0, 1, *range(100, 110)) for block in PROTOCOL.blocks[:2])
     assert all(len(arm.values) == (3 if arm.parameter else 0) for arm in ARMS.values())
-    assert [Run("on_policy", "grpo", rate, 0, 0).learning_rate for rate in Plan().rates] == [
+    assert [Run("on_policy", "grpo", rate, 0, 0).learning_rate for rate in PROTOCOL.blocks[0].rates] == [
         1e-5,
         3.2e-5,
         1e-4,
@@ -81,12 +89,13 @@ def test_the_plan_is_the_protocols():
     ]
 
 
-@pytest.mark.parametrize("regime", ["on_policy", "stale"])
+@pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("arm", ARMS)
 def test_options_are_those_of_the_recipe(regime, arm, tmp_path):
     for value in range(max(1, len(ARMS[arm].values))):
         run = Run(regime, arm, -16, value, 3)
-        config = ["--config", str(frontier.CONFIGS / f"frontier_{regime}.yaml"), "--model_name_or_path", "policy"]
+        name, own = REGIMES[regime]
+        config = ["--config", str(frontier.CONFIGS / name), *own.split(), "--model_name_or_path", "policy"]
         paths = ["--dataset_name", "problems", "--output_dir", str(tmp_path)]
         _, args, _ = parse(GSM8KArguments, [*config, *run.options(), *paths], None)
         assert args.learning_rate == 1e-4 and args.seed == 3 and args.loss_type == "dapo"
@@ -123,12 +132,11 @@ def test_a_run_leaves_nothing_to_the_next(tiny):
     assert {path.name for path in (output / "run").iterdir()} == {"run.log", "metrics.jsonl"}
 
 
+@pytest.mark.slow
 def test_whole_comparison(tiny, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     output, options = tiny
-    plan = Plan(
-        (("on_policy", ["proma", "reinforce"]),), tuning_seeds=[0], test_seeds=[100], rates=[-10, -8], extends=False
-    )
+    plan = Plan([Block("on_policy", ["proma", "reinforce"], [-10, -8], [0], [100], extends=False)])
     records = {}
     # What a killed process leaves
     (output / "runs.jsonl").write_text('{"regime": "on_pol')
@@ -157,9 +165,10 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path):
         frontier.check_settings(tmp_path, ["--max_steps", "16"])
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_comparison(tiny):
     output, options = tiny
-    plan = Plan((("on_policy", ["proma"]),), tuning_seeds=[0], test_seeds=[100], rates=[-8], extends=False)
+    plan = Plan([Block("on_policy", ["proma"], [-8], [0], [100], extends=False)])
     with pytest.raises(ValueError, match="num_generations"):
         frontier.execute_all(plan, {}, output, 1, [*options, "--num_generations", "7"], None)
     assert (output / "runs.jsonl").read_text() == ""
@@ -192,7 +201,7 @@ def made_up(plan):
 
 def test_report(tmp_path):
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
-    plan = Plan((("on_policy", ["proma", "reinforce", "proma_random"]),), extends=False)
+    plan = Plan([Block("on_policy", ["proma", "reinforce", "proma_random"], extends=False)])
     records = made_up(plan)
     frontier_report.write_report(plan, records, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())["on_policy"]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,16 @@ def test_resumed_run_ends_like_one_that_was_not_stopped(tmp_path, settings):
     # Resuming a finished run from its last checkpoint has nothing left to do.
     recipe.main(["--config", config, "--resume_from_checkpoint", "true"])
     assert all(torch.equal(weights[name], weight) for name, weight in read_weights(settings["output_dir"]).items())
+
+
+def test_overlaps_and_whole_groups(tmp_path, settings, monkeypatch):
+    settings |= {"overlap_every": 1, "whole_groups": True, "eval_every": 0}
+    entered = []
+    monkeypatch.setattr(training, "rollouts_in_order", lambda: entered.append(True) or nullcontext())
+    recipe.main(["--config", write_config(tmp_path, settings), "--max_steps", "1"])
+    assert entered == [True]
+    record = read_metrics(settings["output_dir"])[0]
+    assert 0 < record["update/overlap"] < 1 and 0 < record["update/last_tensor_overlap"] < 1
 
 
 def test_help_is_complete():

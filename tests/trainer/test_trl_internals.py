@@ -7,6 +7,7 @@ import copy
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError
 from importlib.util import module_from_spec, spec_from_file_location
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from trl import GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 
 from proma_trl.trainer import trl_internals, versions
-from proma_trl.trainer.trl_internals import check_trl, recorded, replaced
+from proma_trl.trainer.trl_internals import check_trl, recorded, replaced, rollouts_in_order
 
 CPU = torch.device("cpu")
 
@@ -152,6 +153,30 @@ def test_attributes_that_the_trainer_no_longer_uses_are_named(name, monkeypatch)
     monkeypatch.setattr(trl_internals, "_code", lambda value: SimpleNamespace(co_names=code - {name}))
     with pytest.raises(RuntimeError, match=rf"in: GRPOTrainer\.{name}\. "):
         check_trl(CPU)
+
+
+@pytest.mark.parametrize("name", trl_internals._FUNCTIONS)
+def test_functions_that_the_trainer_no_longer_calls_are_named(name, monkeypatch):
+    code = {n for value in vars(GRPOTrainer).values() for n in getattr(trl_internals._code(value), "co_names", ())}
+    monkeypatch.setattr(trl_internals, "_code", lambda value: SimpleNamespace(co_names=code - {name}))
+    with pytest.raises(RuntimeError, match=rf"trl\.trainer\.grpo_trainer\.{name}\. "):
+        check_trl(CPU)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_microbatches_of_whole_groups(in_order, tmp_path):
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=4)
+    prompts, original = [], trainer._compute_loss
+
+    def compute_loss(model, inputs):
+        prompts.append({tuple(row) for row in inputs["prompt_ids"].tolist()})
+        return original(model, inputs)
+
+    trainer._compute_loss = compute_loss
+    with rollouts_in_order() if in_order else nullcontext():
+        trainer.train()
+    assert len(prompts) == 4 and len(set.union(*prompts)) == 4
+    assert all(len(rows) == 1 for rows in prompts) is in_order
 
 
 def test_a_method_with_other_arguments_is_named(monkeypatch):
