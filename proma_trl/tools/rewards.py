@@ -7,6 +7,7 @@ one reward per completion.
 import logging
 import re
 import threading
+from functools import lru_cache
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig
@@ -80,12 +81,16 @@ def parse_number(text: str) -> list[sympy.Expr]:
             The number in a list, as math-verify's `verify` takes it. Empty where there is none.
     """
     answer = final_answer(text)
-    if answer is None:
-        return []
+    return [] if answer is None else [*_read_number(answer)]
+
+
+# Samples of a group often have the same answer, and all have the same correct one
+@lru_cache(maxsize=4096)
+def _read_number(answer: str) -> tuple[sympy.Expr, ...]:
     parsed = parse(answer, extraction_config=_EXTRACTION, extraction_mode="first_match", parsing_timeout=_timeout())
     # math-verify also returns the matched string, and an equation where the solution states one: "x = 18".
     values = [value.rhs if isinstance(value, sympy.Eq) else value for value in parsed]
-    return [value for value in values if _is_number(value)]
+    return tuple(value for value in values if _is_number(value))
 
 
 def _timeout() -> int | None:

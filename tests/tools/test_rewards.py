@@ -2,6 +2,7 @@ import threading
 
 import pytest
 
+from proma_trl.tools import rewards
 from proma_trl.tools.rewards import accuracy_reward, final_answer, format_reward
 
 
@@ -159,3 +160,16 @@ def test_final_answer():
 )
 def test_format_reward(completion, reward):
     assert format_reward([completion]) == [reward]
+
+
+def test_an_answer_is_read_once(monkeypatch):
+    read = []
+    original = rewards.parse
+    monkeypatch.setattr(rewards, "parse", lambda text, **kwargs: read.append(text) or original(text, **kwargs))
+    rewards._read_number.cache_clear()
+    completions = ["3 + 4 = 7\n#### 7", "2 + 5 = 7\n#### 7", "#### 8", "#### no"]
+    assert rewards.accuracy_reward(completions, ["1 + 6\n#### 7"] * 4) == [1.0, 1.0, 0.0, 0.0]
+    assert sorted(read) == ["7", "8", "no"]
+    # What a caller does to the list is its own affair
+    rewards.parse_number("#### 7").clear()
+    assert rewards.parse_number("#### 7") == [7]
