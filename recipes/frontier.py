@@ -29,7 +29,7 @@ from pathlib import Path
 import yaml
 from trl import TrlParser
 
-from proma_trl.recipes.frontier_plan import BUDGETS, PROTOCOL, QUICK, REGIMES, Plan, Run, read_runs
+from proma_trl.recipes.frontier_plan import BUDGETS, PROTOCOL, QUICK, REGIMES, Plan, Run, read_run, read_runs
 from proma_trl.recipes.frontier_report import write_report
 from proma_trl.recipes.word_problems import write_task
 from proma_trl.tools.frontiers import frontier_score
@@ -88,14 +88,14 @@ def execute(run: Run, task: Path, folder: Path, options: Sequence[str]) -> dict:
     """
     from proma_trl.recipes import gsm8k
 
-    config, own = REGIMES[run.regime]
+    regime = REGIMES[run.regime]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     begin = time.monotonic()
     with _output_in(folder / "run.log"):
         gsm8k.main(
             [
-                *("--config", str(CONFIGS / config), *own.split()),
+                *("--config", str(CONFIGS / regime.config), *regime.options.split()),
                 *("--model_name_or_path", str(task / "warm_start"), "--dataset_name", str(task / "problems")),
                 *options,
                 *run.options(),
@@ -161,7 +161,10 @@ def execute_all(
     os.environ |= {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     context = multiprocessing.get_context("spawn")
     running: dict[Future, Run] = {}
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool, (output / "runs.jsonl").open("a") as file:
+    path = output / "runs.jsonl"
+    if path.is_file():  # without the half of a line that a killed process may have left
+        path.write_text(path.read_text().rpartition("\n")[0] + "\n" if read_runs(path) else "")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool, path.open("a") as file:
         while True:
             scores = {run: frontier_score(record["curves"], BUDGETS) for run, record in records.items()}
             waiting = [run for run in plan.missing(scores) if run not in running.values()]
@@ -171,10 +174,11 @@ def execute_all(
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run, record = running.pop(future), future.result()
-                file.write(json.dumps(record) + "\n")
+                del running[future]
+                line = json.dumps(future.result()) + "\n"
+                file.write(line)
                 file.flush()
-                record["curves"] = {n: {int(s): v for s, v in c.items()} for n, c in record["curves"].items()}
+                run, record = read_run(line)
                 records[run] = record
                 score = frontier_score(record["curves"], BUDGETS)
                 print(

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 BUDGETS = (0.005, 0.01, 0.02)  # nats per token from the initial policy
 TARGET = 0.8  # of the endpoints at equal accuracy
@@ -44,13 +45,29 @@ ARMS = {
 
 CONTROLS = ("reinforce_matched", "proma_random")
 
-# Of each regime, the file in `configs`, and what is set beside it
+
+@dataclass(frozen=True)
+class Regime:
+    """
+    How all arms are trained.
+
+    Attributes:
+        config (`str`): The file in `configs`.
+        completions_a_step (`int`): Completions that are sampled for an optimizer step.
+        options (`str`): Options of recipes/gsm8k.py beside those of the file.
+    """
+
+    config: str
+    completions_a_step: int
+    options: str = ""
+
+
 REGIMES = {
-    "on_policy": ("frontier_on_policy.yaml", ""),
-    "stale": ("frontier_stale.yaml", ""),
-    "groups": ("frontier_on_policy.yaml", "--whole_groups true"),
-    "adamw": ("frontier_on_policy.yaml", "--overlap_every 8"),
-    "sgd": ("frontier_on_policy.yaml", "--overlap_every 8 --optim sgd"),
+    "on_policy": Regime("frontier_on_policy.yaml", 128),
+    "stale": Regime("frontier_stale.yaml", 32),
+    "groups": Regime("frontier_on_policy.yaml", 128, "--whole_groups true"),
+    "adamw": Regime("frontier_on_policy.yaml", 128, "--overlap_every 8"),
+    "sgd": Regime("frontier_on_policy.yaml", 128, "--overlap_every 8 --optim sgd"),
 }
 
 
@@ -185,16 +202,16 @@ PROTOCOL = Plan(
 QUICK = Plan([Block("on_policy", _MAIN[:4], (-18, -16), tuning_seeds=(0,), test_seeds=(100, 101), extends=False)])
 
 
-def read_runs(path: Path) -> dict[Run, dict]:
-    """The records of a runs.jsonl, or of a runs.jsonl.gz, by run; curves have whole numbers as steps."""
+def read_run(line: str) -> tuple[Run, dict[str, Any]]:
+    """A line of runs.jsonl: the run and its record, whose curves have whole numbers as steps."""
+    record = json.loads(line)
+    record["curves"] = {
+        name: {int(step): value for step, value in curve.items()} for name, curve in record["curves"].items()
+    }
+    return Run(**{name: record[name] for name in ("regime", "arm", "rate", "value", "seed")}), record
+
+
+def read_runs(path: Path) -> dict[Run, dict[str, Any]]:
+    """The records of a runs.jsonl, or of a runs.jsonl.gz, by run. A line that a killed process left half is none."""
     text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
-    records = {}
-    for line in text.splitlines(keepends=True):
-        if not line.endswith("\n"):  # a process that was killed may have left half a line
-            continue
-        record = json.loads(line)
-        record["curves"] = {
-            name: {int(step): value for step, value in curve.items()} for name, curve in record["curves"].items()
-        }
-        records[Run(**{name: record[name] for name in ("regime", "arm", "rate", "value", "seed")})] = record
-    return records
+    return dict(read_run(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))

@@ -14,7 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from proma_trl.recipes.frontier_plan import ARMS, BUDGETS, CONTROLS, PROTOCOL, QUICK, TARGET, Plan, Run, read_runs
+from proma_trl.recipes.frontier_plan import (
+    ARMS,
+    BUDGETS,
+    CONTROLS,
+    PROTOCOL,
+    QUICK,
+    REGIMES,
+    TARGET,
+    Plan,
+    Run,
+    read_runs,
+)
 from proma_trl.tools.curves import Curves
 from proma_trl.tools.figures import draw_frontiers, draw_tuning
 from proma_trl.tools.frontiers import (
@@ -30,28 +41,27 @@ from proma_trl.tools.frontiers import (
 
 Records = Mapping[Run, Mapping[str, Any]]
 
-COMPLETIONS_A_RUN = 5120
 # Of the budgets that the figures show, between none and twice the largest
 _POINTS = 41
 
 
-def endpoints(run: Curves) -> dict[str, float | None]:
+def endpoints(run: Curves, completions_a_step: int) -> dict[str, float | None]:
     """What the protocol asks of a run; `None` where it never evaluates at the target."""
     last = max(run["eval_accuracy"])
     reached = step_reaching(run, TARGET)
     found = {"score": frontier_score(run, BUDGETS)}
     found |= {f"within_{budget:g}": accuracy_within(run, budget) for budget in BUDGETS}
     found["final_accuracy"] = final_accuracy(run)
-    found["completions_to_target"] = None if reached is None else COMPLETIONS_A_RUN * reached / last
+    found["completions_to_target"] = None if reached is None else completions_a_step * reached
     found["local_kl_to_target"] = None if not reached else mean_until(run, "local_kl", reached)
     # Two rollouts are a tenth of a run
     found["entropy_at_target"] = None if not reached else mean_since(run, "entropy", reached, last // 10)
     return found
 
 
-def summarize_arm(runs: Sequence[Curves]) -> dict[str, Any]:
+def summarize_arm(runs: Sequence[Curves], completions_a_step: int) -> dict[str, Any]:
     """Means and intervals of the endpoints over seeds; those at the target over the runs that reach it."""
-    found = [endpoints(run) for run in runs]
+    found = [endpoints(run, completions_a_step) for run in runs]
     summary = {"seeds": len(runs), "reached_target": sum(e["completions_to_target"] is not None for e in found)}
     for name in found[0]:
         values = [e[name] for e in found if e[name] is not None]
@@ -77,7 +87,7 @@ def width(tuned: Mapping[int, Sequence[Curves]]) -> float:
     return 0.5 * sum(mean >= max(means.values()) - 0.02 for mean in means.values())
 
 
-class Regime:
+class Compared:
     """The complete runs of one regime: of its tuned arms with the test seeds that all of them have, and of tuning."""
 
     def __init__(self, name: str, plan: Plan, records: Records):
@@ -117,7 +127,11 @@ class Regime:
             setting = {"learning_rate": run.learning_rate}
             if ARMS[arm].parameter:
                 setting[ARMS[arm].parameter.removeprefix("--")] = ARMS[arm].values[run.value]
-            arms[arm] = {**setting, "rate_decades": width(self.tuning[arm]), **summarize_arm([*runs.values()])}
+            arms[arm] = {
+                **setting,
+                "rate_decades": width(self.tuning[arm]),
+                **summarize_arm([*runs.values()], REGIMES[self.name].completions_a_step),
+            }
         compared = {
             f"{arm} - {other}": compare(*self.pairs(arm, other), lambda run: frontier_score(run, BUDGETS))
             for arm, other in self.comparisons()
@@ -202,7 +216,7 @@ def write_report(plan: Plan, records: Records, output: Path) -> str:
     texts, summaries = [], {}
     budgets = [2 * max(BUDGETS) * i / (_POINTS - 1) for i in range(_POINTS)]
     for name in dict.fromkeys(block.regime for block in plan.blocks):
-        regime = Regime(name, plan, records)
+        regime = Compared(name, plan, records)
         if regime.tuning:
             scores = {
                 arm: {

@@ -94,12 +94,13 @@ def test_the_plan_is_the_protocols():
 def test_options_are_those_of_the_recipe(regime, arm, tmp_path):
     for value in range(max(1, len(ARMS[arm].values))):
         run = Run(regime, arm, -16, value, 3)
-        name, own = REGIMES[regime]
-        config = ["--config", str(frontier.CONFIGS / name), *own.split(), "--model_name_or_path", "policy"]
+        made = REGIMES[regime]
+        config = ["--config", str(frontier.CONFIGS / made.config), *made.options.split(), "--model_name_or_path", "p"]
         paths = ["--dataset_name", "problems", "--output_dir", str(tmp_path)]
         _, args, _ = parse(GSM8KArguments, [*config, *run.options(), *paths], None)
         assert args.learning_rate == 1e-4 and args.seed == 3 and args.loss_type == "dapo"
         assert args.max_steps * args.gradient_accumulation_steps * 8 == 5120 * args.num_iterations
+        assert args.max_steps * made.completions_a_step == 5120
         if ARMS[arm].parameter:
             assert getattr(args, ARMS[arm].parameter.removeprefix("--")) == ARMS[arm].values[value]
     assert re.fullmatch(rf"{regime}/{arm}_lr_0\.0001\S*_seed_3", run.name)
@@ -141,8 +142,7 @@ def test_whole_comparison(tiny, monkeypatch, capsys):
     # What a killed process leaves
     (output / "runs.jsonl").write_text('{"regime": "on_pol')
     frontier.execute_all(plan, records, output, jobs=1, options=options, minutes=0)
-    assert records == {}
-    (output / "runs.jsonl").unlink()
+    assert records == {} and (output / "runs.jsonl").read_text() == ""
     frontier.execute_all(plan, records, output, jobs=1, options=options, minutes=None)
     assert len(records) == 6 and records == read_runs(output / "runs.jsonl")
     assert all("Greedy accuracy" in (output / run.name / "run.log").read_text() for run in records)
@@ -223,9 +223,9 @@ def test_report(tmp_path):
 def test_an_arm_that_never_reaches_the_target():
     run = curves(0.001)
     run["eval_accuracy"] = dict.fromkeys(run["eval_accuracy"], 0.2)
-    found = frontier_report.summarize_arm([run, curves(0.001)])
+    found = frontier_report.summarize_arm([run, curves(0.001)], 128)
     assert found["reached_target"] == 1 and found["completions_to_target"][0] == 5120 * 24 / 40
-    assert "local_kl_to_target" not in frontier_report.summarize_arm([run])
+    assert "local_kl_to_target" not in frontier_report.summarize_arm([run], 128)
     assert "| `proma` | 0 of 1 |  |  |  |" in frontier_report.tables(
         "stale",
         {
@@ -234,7 +234,7 @@ def test_an_arm_that_never_reaches_the_target():
                     "learning_rate": 1e-4,
                     "projection_bound": 0.5,
                     "rate_decades": 1.0,
-                    **frontier_report.summarize_arm([run]),
+                    **frontier_report.summarize_arm([run], 128),
                 }
             },
             "frontier_score": {},
