@@ -195,7 +195,7 @@ PROTOCOL = Plan(
         Block("stale", _STALE),
         Block("groups", ("proma", "proma_intra"), tuned_in="on_policy"),
         Block("adamw", _MAIN, test_seeds=TUNING_SEEDS, tuned_in="on_policy"),
-        Block("sgd", _MAIN[:4], _SGD_RATES, test_seeds=(), extends=False),
+        Block("sgd", _MAIN[:4], _SGD_RATES, test_seeds=TUNING_SEEDS, extends=False),
         Block("on_policy", _REST),
     ]
 )

@@ -1,28 +1,18 @@
 """The comparison on the embedded task: which runs it makes, that it makes them, and what it says of them."""
 
-import gzip
 import json
 import re
 import shutil
-import statistics
 
 import pytest
+from support.frontier import make_all
 from support.recipe import make_settings
 
 from proma_trl.recipes import frontier, frontier_report
-from proma_trl.recipes.frontier_plan import ARMS, BUDGETS, PROTOCOL, QUICK, REGIMES, Block, Plan, Run, read_runs
+from proma_trl.recipes.frontier_plan import ARMS, BUDGETS, PROTOCOL, REGIMES, Block, Plan, Run, read_runs
 from proma_trl.recipes.gsm8k import GSM8KArguments
 from proma_trl.recipes.training import parse
 from proma_trl.tools.frontiers import frontier_score
-
-
-def make_all(plan, score):
-    """Makes the plan's runs in the order in which it asks for them; returns them with their scores."""
-    scores = {}
-    while missing := plan.missing(scores):
-        assert len(set(missing)) == len(missing) and not set(missing) & set(scores)
-        scores[missing[0]] = score(missing[0])
-    return scores
 
 
 def test_tuning_extends_edges_then_tries_the_parameter():
@@ -153,9 +143,6 @@ def test_whole_comparison(tiny, monkeypatch, capsys):
 
     text = frontier_report.write_report(plan, records, output)
     assert "| `proma - reinforce` |" in text and "| `proma` |" in text
-    assert {"frontier_on_policy.png", "tuning_on_policy.svg", "summary.json", "tables.md"} <= {
-        path.name for path in output.iterdir()
-    }
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
@@ -172,84 +159,3 @@ def test_a_run_that_fails_ends_the_comparison(tiny):
     with pytest.raises(ValueError, match="num_generations"):
         frontier.execute_all(plan, {}, output, 1, [*options, "--num_generations", "7"], None)
     assert (output / "runs.jsonl").read_text() == ""
-
-
-def curves(scale, entropy=0.5):
-    """Accuracy that rises over ten evaluations, with a divergence of a certain rate."""
-    steps = range(4, 41, 4)
-    return {
-        "eval_accuracy": {0: 0.2, **{step: min(0.9, 0.2 + step / 40) for step in steps}},
-        "global_kl": {step: scale * step for step in steps},
-        "local_kl": dict.fromkeys(steps, scale),
-        "entropy": dict.fromkeys(range(1, 41), entropy),
-    }
-
-
-def made_up(plan):
-    """Records in which PROMA diverges half as much as the others."""
-    records = {}
-
-    def score(run):
-        scale = 0.0005 if run.arm == "proma" else 0.001
-        record = {"seconds": 1.0, "curves": curves(scale * (1 + 0.01 * run.seed + abs(run.rate + 17)))}
-        records[run] = record
-        return frontier_score(record["curves"], BUDGETS)
-
-    make_all(plan, score)
-    return records
-
-
-def test_report(tmp_path):
-    pytest.importorskip("matplotlib", reason="figures need matplotlib")
-    plan = Plan([Block("on_policy", ["proma", "reinforce", "proma_random"], extends=False)])
-    records = made_up(plan)
-    frontier_report.write_report(plan, records, tmp_path)
-    summary = json.loads((tmp_path / "summary.json").read_text())["on_policy"]
-    test = [run for run in records if run.arm == "proma" and run.seed >= 100]
-    assert len(test) == 10
-    scores = [frontier_score(records[run]["curves"], BUDGETS) for run in test]
-    proma = summary["arms"]["proma"]
-    assert proma["score"][0] == pytest.approx(statistics.fmean(scores))
-    assert proma["seeds"] == proma["reached_target"] == 10 and proma["learning_rate"] == 3.2e-5
-    # All rates end at the same accuracy
-    assert proma["rate_decades"] == 2.0
-    assert proma["completions_to_target"][0] == 5120 * 24 / 40
-    assert proma["entropy_at_target"] == [0.5, 0.5, 0.5]
-    paired = summary["frontier_score"]["proma - proma_random"]
-    assert paired["difference"][1] > 0 and paired["probability_of_improvement"] == 1.0 and paired["seeds"] == 10
-    assert summary["final_accuracy"]["proma - reinforce"]["difference"][0] == pytest.approx(0)
-
-
-def test_an_arm_that_never_reaches_the_target():
-    run = curves(0.001)
-    run["eval_accuracy"] = dict.fromkeys(run["eval_accuracy"], 0.2)
-    found = frontier_report.summarize_arm([run, curves(0.001)], 128)
-    assert found["reached_target"] == 1 and found["completions_to_target"][0] == 5120 * 24 / 40
-    assert "local_kl_to_target" not in frontier_report.summarize_arm([run], 128)
-    assert "| `proma` | 0 of 1 |  |  |  |" in frontier_report.tables(
-        "stale",
-        {
-            "arms": {
-                "proma": {
-                    "learning_rate": 1e-4,
-                    "projection_bound": 0.5,
-                    "rate_decades": 1.0,
-                    **frontier_report.summarize_arm([run], 128),
-                }
-            },
-            "frontier_score": {},
-            "final_accuracy": {},
-        },
-    )
-
-
-def test_report_from_a_file(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="figures need matplotlib")
-    lines = [
-        json.dumps({**vars(run), "seconds": 1.0, "curves": record["curves"]}) + "\n"
-        for run, record in made_up(QUICK).items()
-    ]
-    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
-    arguments = ["--runs", str(tmp_path / "runs.jsonl.gz"), "--output_dir", str(tmp_path / "report"), "--quick"]
-    frontier_report.main(arguments)
-    assert "`proma - reinforce_matched`" in capsys.readouterr().out

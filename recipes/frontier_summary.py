@@ -1,0 +1,180 @@
+"""The numbers of the comparison in docs/protocol.md, from its runs: endpoints, intervals and paired differences."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from proma_trl.recipes.frontier_plan import ARMS, BUDGETS, CONTROLS, REGIMES, TARGET, Block, Plan, Run
+from proma_trl.tools.curves import Curves
+from proma_trl.tools.frontiers import (
+    accuracy_within,
+    final_accuracy,
+    frontier_score,
+    mean_since,
+    mean_until,
+    paired_interval,
+    probability_of_improvement,
+    step_reaching,
+)
+
+Records = Mapping[Run, Mapping[str, Any]]
+
+# The part of a run in two rollouts
+_TWO_ROLLOUTS = 0.1
+_OVERLAPS = ("update_overlap", "update_tensor_overlap", "update_last_tensor_overlap")
+
+
+def score(run: Curves) -> float:
+    """The primary endpoint."""
+    return frontier_score(run, BUDGETS)
+
+
+def endpoints(run: Curves, completions_a_step: int) -> dict[str, float | None]:
+    """What the protocol asks of a run; `None` where it never evaluates at the target."""
+    reached = step_reaching(run, TARGET)
+    found = {"score": score(run)}
+    found |= {f"within_{budget:g}": accuracy_within(run, budget) for budget in BUDGETS}
+    found["final_accuracy"] = final_accuracy(run)
+    found["completions_to_target"] = None if reached is None else completions_a_step * reached
+    found["local_kl_to_target"] = None if not reached else mean_until(run, "local_kl", reached)
+    window = round(_TWO_ROLLOUTS * max(run["eval_accuracy"]))
+    found["entropy_at_target"] = None if not reached else mean_since(run, "entropy", reached, window)
+    return found
+
+
+def summarize_arm(runs: Sequence[Curves], completions_a_step: int) -> dict[str, Any]:
+    """Means and intervals of the endpoints over seeds; those at the target over the runs that reach it."""
+    found = [endpoints(run, completions_a_step) for run in runs]
+    summary = {"seeds": len(runs), "reached_target": sum(e["completions_to_target"] is not None for e in found)}
+    for name in found[0]:
+        values = [e[name] for e in found if e[name] is not None]
+        if values:
+            summary[name] = [statistics.fmean(values), *paired_interval(values)]
+    return summary
+
+
+def compare(ours: Mapping[int, Curves], others: Mapping[int, Curves]) -> dict[str, Any]:
+    """Paired differences over the seeds that both have, and the probability of improvement of the score."""
+    seeds = [seed for seed in ours if seed in others]
+
+    def difference(endpoint: Callable[[Curves], float]) -> list[float]:
+        differences = [endpoint(ours[seed]) - endpoint(others[seed]) for seed in seeds]
+        return [statistics.fmean(differences), *paired_interval(differences)]
+
+    return {
+        "seeds": len(seeds),
+        "score": difference(score),
+        "probability_of_improvement": probability_of_improvement(
+            [score(ours[seed]) for seed in seeds], [score(others[seed]) for seed in seeds]
+        ),
+        "final_accuracy": difference(final_accuracy),
+    }
+
+
+def width(tuned: Mapping[int, Sequence[Curves]]) -> float:
+    """Decades of learning rates, half a one each, whose mean final accuracy is within two points of the best."""
+    means = {rate: statistics.fmean(map(final_accuracy, runs)) for rate, runs in tuned.items()}
+    return 0.5 * sum(mean >= max(means.values()) - 0.02 for mean in means.values())
+
+
+class Regime:
+    """
+    The complete runs of a regime.
+
+    Attributes:
+        chosen (`dict`): Of each arm that is tuned, the point that tuning has chosen.
+        test (`dict`): Of each arm that has any, its runs at that point with the test seeds, by seed.
+        tuning (`dict`): Of each arm, its runs with the tuning seeds at the parameter's first value, by rate.
+        is_test (`bool`): Whether the test seeds are others than those of tuning.
+    """
+
+    def __init__(self, name: str, plan: Plan, records: Records):
+        self.name = name
+        self.chosen: dict[str, tuple[int, int]] = {}
+        self.test: dict[str, dict[int, Curves]] = {}
+        self.tuning: dict[str, dict[int, list[Curves]]] = {}
+        scores = {run: score(record["curves"]) for run, record in records.items()}
+        blocks = [block for block in plan.blocks if block.regime == name]
+        self.is_test = all(block.test_seeds != block.tuning_seeds for block in blocks)
+        for block in blocks:
+            for arm in block.arms:
+                self._read_tuning(block, arm, records)
+                point = plan.chosen(block, arm, scores)
+                if point is not None:
+                    self._read_test(block, arm, point, records)
+
+    def _read_tuning(self, block: Block, arm: str, records: Records) -> None:
+        # Of half decades: the rates halfway between them, which REINFORCE has, are no wider a range
+        rates = {run.rate for run in records if (run.regime, run.arm) == (self.name, arm) and run.rate % 2 == 0}
+        for rate in sorted(rates):
+            runs = [block.run(arm, (rate, 0), seed) for seed in block.tuning_seeds]
+            if block.tuned_in is None and all(run in records for run in runs):
+                self.tuning.setdefault(arm, {})[rate] = [records[run]["curves"] for run in runs]
+
+    def _read_test(self, block: Block, arm: str, point: tuple[int, int], records: Records) -> None:
+        self.chosen[arm] = point
+        runs = {seed: block.run(arm, point, seed) for seed in block.test_seeds}
+        found = {seed: records[run]["curves"] for seed, run in runs.items() if run in records}
+        if found:
+            self.test[arm] = found
+
+    def setting(self, arm: str) -> dict[str, Any]:
+        """The learning rate and the parameter that an arm is tested with."""
+        run = Run(self.name, arm, *self.chosen[arm], 0)
+        parameter = ARMS[arm].parameter
+        own = {"parameter": f"{parameter.removeprefix('--')} {ARMS[arm].values[run.value]}"} if parameter else {}
+        return {"learning_rate": run.learning_rate, **own}
+
+    def arms(self) -> dict[str, dict[str, Any]]:
+        """Of each arm that is tested, its setting and its endpoints."""
+        summaries = {}
+        for arm, runs in self.test.items():
+            summaries[arm] = self.setting(arm)
+            if arm in self.tuning:
+                summaries[arm]["rate_decades"] = width(self.tuning[arm])
+            summaries[arm] |= summarize_arm([*runs.values()], REGIMES[self.name].completions_a_step)
+        return summaries
+
+    def pairs(self) -> dict[str, dict[str, Any]]:
+        """Each arm with REINFORCE and with GRPO, and PROMA with its controls."""
+        against = dict.fromkeys(self.test, ("reinforce", "grpo")) | {"proma": (*CONTROLS, "reinforce", "grpo")}
+        return {
+            f"{arm} - {other}": compare(self.test[arm], self.test[other])
+            for arm in self.test
+            for other in against[arm]
+            if other != arm and set(self.test[arm]) & set(self.test.get(other, ()))
+        }
+
+    def overlaps(self) -> dict[str, dict[str, float]]:
+        """Of each arm, the means over measured steps and runs of what `UpdateOverlap` logs."""
+        found = {}
+        for arm, runs in self.test.items():
+            curves = {name: [value for run in runs.values() for value in run[name].values()] for name in _OVERLAPS}
+            found[arm] = {
+                **self.setting(arm),
+                "runs": len(runs),
+                "score": statistics.fmean(map(score, runs.values())),
+                **{name: statistics.fmean(values) for name, values in curves.items()},
+            }
+        return found
+
+
+def summarize(plan: Plan, records: Records) -> dict[str, dict[str, Any]]:
+    """The numbers of all regimes that have any: arms and pairs where there is a test, and else overlaps."""
+    regimes = {name: Regime(name, plan, records) for name in dict.fromkeys(block.regime for block in plan.blocks)}
+    summary = {}
+    for name, regime in regimes.items():
+        if not regime.test:
+            continue
+        if not regime.is_test:
+            summary[name] = {"overlaps": regime.overlaps()}
+        elif name == "groups":
+            pairs = {
+                f"{arm}: groups - shuffled": compare(runs, regimes["on_policy"].test[arm])
+                for arm, runs in regime.test.items()
+                if set(runs) & set(regimes["on_policy"].test.get(arm, ()))
+            }
+            summary[name] = {"arms": regime.arms(), "pairs": pairs}
+        else:
+            summary[name] = {"arms": regime.arms(), "pairs": regime.pairs()}
+    return summary

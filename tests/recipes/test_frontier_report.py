@@ -1,0 +1,132 @@
+"""What the comparison says of its runs, on runs that are made up."""
+
+import gzip
+import json
+import statistics
+
+import pytest
+from support.frontier import make_all
+
+from proma_trl.recipes import frontier_report
+from proma_trl.recipes.frontier_plan import PROTOCOL, QUICK, Block, Plan
+from proma_trl.recipes.frontier_summary import Regime, score, summarize, summarize_arm
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib")
+
+
+OVERLAPS = ("overlap", "tensor_overlap", "last_tensor_overlap")
+
+
+def curves(scale, entropy=0.5):
+    """Accuracy that rises over ten evaluations, with a divergence of a certain rate."""
+    steps = range(4, 41, 4)
+    return {
+        "eval_accuracy": {0: 0.2, **{step: min(0.9, 0.2 + step / 40) for step in steps}},
+        "global_kl": {step: scale * step for step in steps},
+        "local_kl": dict.fromkeys(steps, scale),
+        "entropy": dict.fromkeys(range(1, 41), entropy),
+    }
+
+
+def made_up(plan):
+    """Records in which PROMA diverges half as much as the others."""
+    records = {}
+
+    def make(run):
+        scale = 0.0005 if run.arm == "proma" else 0.001
+        made = curves(scale * (1 + 0.001 * run.seed + abs(run.rate + 17)))
+        if run.regime in ("adamw", "sgd"):
+            made |= {f"update_{name}": {8: 0.1, 16: 0.3} for name in OVERLAPS}
+        records[run] = {"seconds": 1.0, "curves": made}
+        return score(made)
+
+    make_all(plan, make)
+    return records
+
+
+def test_numbers():
+    plan = Plan([Block("on_policy", ["proma", "reinforce", "proma_random"], extends=False)])
+    records = made_up(plan)
+    summary = summarize(plan, records)["on_policy"]
+    test = [run for run in records if run.arm == "proma" and run.seed >= 100]
+    assert len(test) == 10
+    proma = summary["arms"]["proma"]
+    assert proma["score"][0] == pytest.approx(statistics.fmean(score(records[run]["curves"]) for run in test))
+    assert proma["seeds"] == proma["reached_target"] == 10
+    assert proma["learning_rate"] == 3.2e-5 and proma["parameter"] == "projection_bound 0.5"
+    # All rates end at the same accuracy
+    assert proma["rate_decades"] == 2.0
+    assert proma["completions_to_target"][0] == 128 * 24
+    assert proma["entropy_at_target"] == [0.5, 0.5, 0.5] and proma["local_kl_to_target"][0] > 0
+    pair = summary["pairs"]["proma - proma_random"]
+    assert pair["score"][1] > 0 and pair["probability_of_improvement"] == 1.0 and pair["seeds"] == 10
+    assert summary["pairs"]["proma - reinforce"]["final_accuracy"][0] == pytest.approx(0)
+    assert "reinforce - grpo" not in summary["pairs"] and "reinforce - reinforce" not in summary["pairs"]
+
+
+def test_pairs_are_of_equal_seeds():
+    plan = Plan([Block("on_policy", ["proma", "reinforce"], extends=False)])
+    records = made_up(plan)
+    records = {run: r for run, r in records.items() if run.arm == "proma" or run.seed not in (103, 107)}
+    assert summarize(plan, records)["on_policy"]["pairs"]["proma - reinforce"]["seeds"] == 8
+
+
+def test_an_arm_that_never_reaches_the_target():
+    run = curves(0.001)
+    run["eval_accuracy"] = dict.fromkeys(run["eval_accuracy"], 0.2)
+    found = summarize_arm([run, curves(0.001)], 32)
+    assert found["reached_target"] == 1 and found["completions_to_target"][0] == 32 * 24
+    never = summarize_arm([run], 32)
+    assert "local_kl_to_target" not in never
+    assert "| `proma` | 0 of 1 |  |  |  |" in frontier_report.equal_table({"proma": never})
+
+
+def test_width_counts_half_decades():
+    plan = Plan([Block("on_policy", ["reinforce"])])
+    records = made_up(plan)
+    for run, record in records.items():
+        if run.rate == -14:
+            record["curves"]["eval_accuracy"] |= dict.fromkeys((32, 36, 40), 0.85)
+    # Rates halfway between others do not count
+    assert Regime("on_policy", plan, records).arms()["reinforce"]["rate_decades"] == 1.5
+
+
+def test_whole_report(tmp_path):
+    records = made_up(PROTOCOL)
+    text = frontier_report.write_report(PROTOCOL, records, tmp_path)
+    assert text == (tmp_path / "tables.md").read_text()
+    assert "- `proma` is better than both controls: yes" in text
+    assert "- `proma_intra` is better than `reinforce`: no" in text
+    # Equal runs differ by nothing
+    assert "| `proma_intra: groups - shuffled` | +0.000 [+0.000, +0.000] | 0.50 |" in text
+    assert "| 2.00e-01 | 2.00e-01 | 2.00e-01 |" in text
+    names = {
+        f"{kind}_{regime}.{suffix}"
+        for kind in ("frontier", "tuning")
+        for regime in ("on_policy", "stale")
+        for suffix in ("png", "svg")
+    }
+    assert names | {"frontier_groups.png", "tuning_sgd.png", "summary.json"} <= {p.name for p in tmp_path.iterdir()}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [*summary] == ["on_policy", "stale", "groups", "adamw", "sgd"]
+    assert summary["adamw"]["overlaps"]["proma"]["update_overlap"] == pytest.approx(0.2)
+    assert summary["adamw"]["overlaps"]["proma"]["runs"] == 2
+
+
+def test_a_comparison_that_is_not_complete(tmp_path):
+    assert frontier_report.write_report(PROTOCOL, {}, tmp_path) == "\n"
+    records = {run: r for run, r in made_up(PROTOCOL).items() if (run.arm, run.seed) != ("proma_random", 109)}
+    text = frontier_report.write_report(PROTOCOL, records, tmp_path)
+    assert "- `proma` is better than both controls: not complete" in text
+    assert "- `proma` is better than `reinforce_matched`: yes" in text
+
+
+def test_report_from_a_file(tmp_path, capsys):
+    lines = [
+        json.dumps({**vars(run), "seconds": 1.0, "curves": record["curves"]}) + "\n"
+        for run, record in made_up(QUICK).items()
+    ]
+    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    arguments = ["--runs", str(tmp_path / "runs.jsonl.gz"), "--output_dir", str(tmp_path / "report"), "--quick"]
+    frontier_report.main(arguments)
+    assert "`proma - reinforce_matched`" in capsys.readouterr().out
