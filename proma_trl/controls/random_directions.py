@@ -81,8 +81,8 @@ class RandomDirectionsTrainer(PROMATrainer):
 
     Raises:
         ValueError: For settings that project nothing or do more than project; if `loss_type` is not `"dapo"`, since
-            other losses divide by a number that changes with the sequences in a microbatch; if a rollout has one
-            microbatch; for images.
+            other losses divide by a number that changes with the sequences in a microbatch; for a global scope; if a
+            rollout has one microbatch; for images.
 
     Example:
 
@@ -116,6 +116,11 @@ class RandomDirectionsTrainer(PROMATrainer):
     def _new_accumulation(self, rule: UpdateRule, microbatch_size: int) -> ProjectedAccumulation:
         if not isinstance(rule, PROMA) or not rule.removes or self.args.intra_settings().removes:
             raise ValueError(_SETTINGS)
+        if self.args.projection_scope == "global" and self.accelerator.num_processes > 1:
+            raise ValueError(
+                '`projection_scope="global"` is not available with `RandomDirectionsTrainer`, which draws sequences of '
+                'its own rank. Set `projection_scope="local"`.'
+            )
         return super()._new_accumulation(RandomDirections(rule), 2 * microbatch_size)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

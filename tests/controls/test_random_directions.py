@@ -1,11 +1,12 @@
 """PROMA with the directions of random other sequences, held against its definition."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import oracle
-from support.harness import GradientRecorder, definition, make_trainer
+from support.harness import GradientRecorder, definition, make_args, make_trainer
 
 from proma_trl import PROMA, InnerProducts
 from proma_trl.controls import RandomDirections, RandomDirectionsTrainer
@@ -141,6 +142,14 @@ def test_the_draw_is_a_function_of_seed_and_step(tmp_path):
 def test_refusals(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, trainer_class=RandomDirectionsTrainer, **settings)
+
+
+def test_a_global_scope_on_many_ranks(tmp_path):
+    ranks = SimpleNamespace(
+        args=make_args(tmp_path, projection_scope="global"), accelerator=SimpleNamespace(num_processes=2)
+    )
+    with pytest.raises(ValueError, match='`projection_scope="global"` is not available'):
+        RandomDirectionsTrainer._new_accumulation(ranks, PROMA(), 4)
 
 
 def test_images(tmp_path):
