@@ -118,8 +118,8 @@ class RandomDirectionsTrainer(PROMATrainer):
             raise ValueError(_SETTINGS)
         if self.args.projection_scope == "global" and self.accelerator.num_processes > 1:
             raise ValueError(
-                '`projection_scope="global"` is not available with `RandomDirectionsTrainer`, which draws sequences of '
-                'its own rank. Set `projection_scope="local"`.'
+                '`projection_scope="global"` is not available with `RandomDirectionsTrainer`, which draws sequences '
+                'of its own rank. Set `projection_scope="local"`.'
             )
         return super()._new_accumulation(RandomDirections(rule), 2 * microbatch_size)
 
