@@ -22,7 +22,8 @@ from support.recipe import planned_runs, write_problems
 from support.tiny import make_policy, make_tokenizer
 
 from proma_trl import check, cli
-from proma_trl.recipes import demo, gsm8k, train
+from proma_trl.recipes import demo, frontier, gsm8k, train
+from proma_trl.recipes.frontier_summary import score
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -130,6 +131,8 @@ def run_python(words, folder, monkeypatch):
         assert "\ntwine==" in (ROOT / "requirements" / "tested_package.txt").read_text()
     elif words[1] == "recipes/figure2.py":
         run_compare(["proma-trl", "compare", *words[2:]], folder, monkeypatch)
+    elif words[1] == "recipes/frontier.py":
+        run_frontier(words[2:], folder, monkeypatch)
     elif words[1] == "recipes/gsm8k.py":
         run_recipe(gsm8k, words[2:], folder, monkeypatch)
     else:
@@ -196,6 +199,22 @@ def run_compare(words, folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["proma-trl"])
     monkeypatch.chdir(folder)
     cli.main([*words[1:], "--output_dir", str(folder / "compare")])
+    assert planned
+
+
+def run_frontier(options, folder, monkeypatch):
+    """All but the runs, and the warm start of the policy."""
+    planned = []
+
+    def plan_all(plan, records, *rest):
+        scores = {run: score(record["curves"]) for run, record in records.items()}
+        planned.extend([*records, *plan.missing(scores)])
+
+    monkeypatch.setattr(frontier, "execute_all", plan_all)
+    monkeypatch.setattr(frontier, "write_task", lambda folder, **kwargs: folder.mkdir(parents=True))
+    # From the repository's folder, whose results it may start from, and with its own in another one
+    monkeypatch.chdir(ROOT)
+    frontier.main([*options, "--output_dir", str(folder / "frontier")])
     assert planned
 
 
