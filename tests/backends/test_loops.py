@@ -52,6 +52,7 @@ def test_intra_alone_keeps_nothing_where_gradients_are_sharded(rule, target, kee
     assert isinstance(accumulation._accumulator, KeptAccumulator) == keeps
 
 
+@pytest.mark.slow
 def test_loops_without_a_trainer():
     """DDP and FSDP2 by hand; W ranks in a global scope take the step of one rank with all their sequences."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]

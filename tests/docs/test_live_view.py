@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 from support.recipe import ROOT, make_settings, run_recipe, write_config
 
@@ -16,6 +17,7 @@ def trackio(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_metrics_of_the_page(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):

@@ -178,6 +178,7 @@ def test_configs_are_valid(tmp_path, monkeypatch, config):
         assert training_args.generation_batch_size % training_args.num_generations == 0
 
 
+@pytest.mark.slow
 def test_real_runs(tmp_path, monkeypatch):
     """The recipe itself, from a YAML file, two runs at a time."""
     pytest.importorskip("matplotlib", reason="figures need matplotlib")

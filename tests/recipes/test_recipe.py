@@ -37,10 +37,16 @@ CARD_NAMES = {
 
 
 @pytest.mark.parametrize("algorithm", CARD_NAMES)
-def test_run(tmp_path, settings, algorithm):
-    run = run_recipe("--config", write_config(tmp_path, settings), "--algorithm", algorithm, "--eval_samples", "3")
-    assert run.returncode == 0, run.stderr
-    assert "Greedy accuracy: 0.0% before training" in run.stdout
+def test_run(tmp_path, settings, algorithm, capsys):
+    arguments = ["--config", write_config(tmp_path, settings), "--algorithm", algorithm, "--eval_samples", "3"]
+    if algorithm in ("proma", "grpo"):
+        run = run_recipe(*arguments)
+        assert run.returncode == 0, run.stderr
+        printed = run.stdout
+    else:  # in this process, which is done sooner
+        recipe.main(arguments)
+        printed = capsys.readouterr().out
+    assert "Greedy accuracy: 0.0% before training" in printed
 
     trained, initial = read_weights(settings["output_dir"]), read_weights(settings["model_name_or_path"])
     assert set(trained) == set(initial)
