@@ -29,17 +29,16 @@ from pathlib import Path
 import yaml
 from trl import TrlParser
 
-from proma_trl.recipes.frontier_plan import BUDGETS, PROTOCOL, QUICK, REGIMES, Plan, Run, read_run, read_runs
+from proma_trl.recipes.frontier_plan import PROTOCOL, QUICK, REGIMES, Plan, Run, read_run, read_runs
 from proma_trl.recipes.frontier_report import write_report
+from proma_trl.recipes.frontier_summary import score
 from proma_trl.recipes.word_problems import write_task
-from proma_trl.tools.frontiers import frontier_score
+from proma_trl.tools.curves import METRICS, read_curves
 
 CONFIGS = Path(__file__).parent / "configs"
-SUMMARIES = {
-    "eval_accuracy": "eval_accuracy",
-    "global_kl": "kl/global",
-    "local_kl": "kl/local",
-    "entropy": "entropy",
+# What is kept of a run's log
+LOGGED = {
+    **METRICS,
     "reward": "reward",
     "length_ratio": "control/length_ratio",
     "removed": "projection/norm_ratio",
@@ -112,12 +111,10 @@ def execute(run: Run, task: Path, folder: Path, options: Sequence[str]) -> dict:
 
 def read_record(folder: Path) -> dict[str, dict[str, float]]:
     """The curves of a run that are kept, by step, with six digits."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curves = {
-        name: {str(r["step"]): float(f"{r[logged]:.6g}") for r in records if r.get(logged) is not None}
-        for name, logged in SUMMARIES.items()
+    curves = read_curves(folder, LOGGED)
+    return {
+        name: {str(step): float(f"{value:.6g}") for step, value in curve.items()} for name, curve in curves.items()
     }
-    return {name: curve for name, curve in curves.items() if curve}
 
 
 @contextlib.contextmanager
@@ -163,10 +160,11 @@ def execute_all(
     running: dict[Future, Run] = {}
     path = output / "runs.jsonl"
     if path.is_file():  # without the half of a line that a killed process may have left
-        path.write_text(path.read_text().rpartition("\n")[0] + "\n" if read_runs(path) else "")
+        text = path.read_text()
+        path.write_text(text[: text.rfind("\n") + 1])
     with ProcessPoolExecutor(jobs, mp_context=context) as pool, path.open("a") as file:
         while True:
-            scores = {run: frontier_score(record["curves"], BUDGETS) for run, record in records.items()}
+            scores = {run: score(record["curves"]) for run, record in records.items()}
             waiting = [run for run in plan.missing(scores) if run not in running.values()]
             while waiting and len(running) < jobs and time.monotonic() < end:
                 run = waiting.pop(0)
@@ -180,10 +178,9 @@ def execute_all(
                 file.flush()
                 run, record = read_run(line)
                 records[run] = record
-                score = frontier_score(record["curves"], BUDGETS)
                 print(
                     f"{len(records)} complete, {len(waiting) + len(running)} or more to come. {run.name}: score "
-                    f"{score:.3f}, {record['seconds']:.0f} s",
+                    f"{score(record['curves']):.3f}, {record['seconds']:.0f} s",
                     flush=True,
                 )
 
@@ -202,10 +199,9 @@ def main(arguments: list[str]) -> None:
         print("Generating problems, and warm-starting a small policy with SFTTrainer.", flush=True)
         write_task(output / "task", seed=0, level="hard")
         (output / "task" / "complete").touch()
-    records = {}
-    for path in (args.known_runs, output / "runs.jsonl"):
-        if path is not None and Path(path).is_file():
-            records |= read_runs(Path(path))
+    records = {} if args.known_runs is None else read_runs(Path(args.known_runs))
+    if (output / "runs.jsonl").is_file():
+        records |= read_runs(output / "runs.jsonl")
     execute_all(plan, records, output, args.jobs, options, args.minutes)
     print(write_report(plan, records, output))
 

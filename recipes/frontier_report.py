@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from proma_trl.recipes.frontier_plan import BUDGETS, CONTROLS, PROTOCOL, QUICK, TARGET, Plan, Run, read_runs
-from proma_trl.recipes.frontier_summary import Records, Regime, score, summarize
+from proma_trl.recipes.frontier_summary import Records, RegimeRuns, read_regimes, score, summarize
 from proma_trl.tools.figures import draw_frontiers, draw_tuning
 from proma_trl.tools.frontiers import accuracy_within, paired_interval
 
@@ -145,7 +145,7 @@ def text_of(summary: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(regime: Regime, output: Path) -> None:
+def draw(regime: RegimeRuns, output: Path) -> None:
     """Draws tuning, and accuracy within budgets where there is a test."""
     if regime.tuning:
         scores = {
@@ -167,9 +167,10 @@ def draw(regime: Regime, output: Path) -> None:
 
 def write_report(plan: Plan, records: Records, output: Path) -> str:
     """Writes the report of the runs that are complete. Returns its tables."""
-    for name in dict.fromkeys(block.regime for block in plan.blocks):
-        draw(Regime(name, plan, records), output)
-    summary = summarize(plan, records)
+    regimes = read_regimes(plan, records)
+    for regime in regimes.values():
+        draw(regime, output)
+    summary = summarize(regimes)
     text = text_of(summary, len(plan.blocks[0].test_seeds))
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (output / "tables.md").write_text(text)

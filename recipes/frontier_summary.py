@@ -77,7 +77,7 @@ def width(tuned: Mapping[int, Sequence[Curves]]) -> float:
     return 0.5 * sum(mean >= max(means.values()) - 0.02 for mean in means.values())
 
 
-class Regime:
+class RegimeRuns:
     """
     The complete runs of a regime.
 
@@ -159,9 +159,13 @@ class Regime:
         return found
 
 
-def summarize(plan: Plan, records: Records) -> dict[str, dict[str, Any]]:
+def read_regimes(plan: Plan, records: Records) -> dict[str, RegimeRuns]:
+    """The complete runs of all regimes, by name."""
+    return {name: RegimeRuns(name, plan, records) for name in dict.fromkeys(block.regime for block in plan.blocks)}
+
+
+def summarize(regimes: Mapping[str, RegimeRuns]) -> dict[str, dict[str, Any]]:
     """The numbers of all regimes that have any: arms and pairs where there is a test, and else overlaps."""
-    regimes = {name: Regime(name, plan, records) for name in dict.fromkeys(block.regime for block in plan.blocks)}
     summary = {}
     for name, regime in regimes.items():
         if not regime.test:

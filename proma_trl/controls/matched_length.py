@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -83,12 +82,7 @@ class MatchedLengthTrainer(PROMATrainer):
         own = {name: param.grad for name, param in self.trained()}
         for name, param in self.trained():
             param.grad = self.method_gradients.get(name)
-        uncounted = nullcontext() if self.trust_region is None else self.trust_region.uncounted()
-        with (
-            replaced(self, "_metrics", {mode: defaultdict(list) for mode in self._metrics}),
-            replaced(self, "compute_loss", partial(type(self).compute_loss, self)),
-            uncounted,
-        ):
+        with self._unlogged(), replaced(self, "compute_loss", partial(type(self).compute_loss, self)):
             yield
         for name, param in self.trained():
             self.method_gradients[name], param.grad = param.grad, own[name]

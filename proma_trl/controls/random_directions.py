@@ -44,9 +44,9 @@ class RandomDirections(UpdateRule):
 
     def coefficients(self, products: InnerProducts, advantages: torch.Tensor) -> torch.Tensor:
         """Advantages of other sequences do not count."""
-        own, _ = advantages.expand_as(products.norms_sq).chunk(2, -1)
         if products.overlaps is None:
-            return torch.cat([own, torch.zeros_like(own)], -1)
+            return self.policy(products, advantages)
+        own, _ = advantages.expand_as(products.norms_sq).chunk(2, -1)
         return torch.cat([own, self.projection.coefficients(_others(products, own), torch.zeros_like(own))], -1)
 
     def policy(self, products: InnerProducts, advantages: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Names in a summary, and in the trainers' logs
@@ -16,12 +16,12 @@ METRICS = {
 Curves = dict[str, dict[int, float]]
 
 
-def read_curves(folder: Path) -> Curves:
-    """Returns each of [`METRICS`] that a run has logged, as values by optimizer step."""
+def read_curves(folder: Path, metrics: Mapping[str, str] = METRICS) -> Curves:
+    """Returns each metric that a run has logged, as values by optimizer step; `metrics` maps names to logged ones."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curves = {
         name: {record["step"]: record[logged] for record in records if record.get(logged) is not None}
-        for name, logged in METRICS.items()
+        for name, logged in metrics.items()
     }
     return {name: curve for name, curve in curves.items() if curve}
 

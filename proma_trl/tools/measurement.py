@@ -91,6 +91,14 @@ class PolicyMeasurement(TrainerCallback):
             for name, param in self.trainable():
                 param.data = own[name]
 
+    @staticmethod
+    def sequences(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A microbatch's tokens and attention mask, `(k, P + T)`, and which of its completions' T places count."""
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        # Tokens that a tool has answered are not the policy's
+        return input_ids, attention_mask, (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+
     @contextmanager
     def as_it_generates(self) -> Iterator[None]:
         """Within the context, the model has neither dropout nor checkpointing."""

@@ -221,10 +221,7 @@ class PolicyMetrics(PolicyMeasurement):
     def _log_probs(self, inputs: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Of a few sequences at a time, which places count `(k, T)` and all log-probabilities `(k, T, vocabulary)`."""
         trainer = self.trainer
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        # Tokens that a tool has answered are not the policy's
-        counted = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+        input_ids, attention_mask, counted = self.sequences(inputs)
         vision = {name: inputs[name] for name in _VISION_INPUTS if name in inputs}
         step = len(input_ids) if vision else self._sequences_at_a_time(input_ids.size(1))
         with self.as_it_generates():

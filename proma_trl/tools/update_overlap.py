@@ -94,9 +94,7 @@ class UpdateOverlap(PolicyMeasurement):
     def _sequence_gradients(self, inputs: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
         """Of one sequence after another that has tokens, the gradient of its log-probability."""
         trainer, params = self.trainer, dict(self.trainable())
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        counted = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+        ids, mask, counted = self.sequences(inputs)
         length = counted.size(1)
         with self.as_it_generates():
             for i in range(len(ids)):

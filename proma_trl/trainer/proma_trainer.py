@@ -305,13 +305,19 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             with self._head(microbatch, inputs):
                 return GRPOTrainer._compute_loss(self, model, {**inputs, "advantages": weights})
 
-        uncounted = nullcontext() if self.trust_region is None else self.trust_region.uncounted()
-        with replaced(self, "_metrics", {mode: defaultdict(list) for mode in self._metrics}), uncounted:
+        with self._unlogged():
             if self.trust_region is not None:
                 self._check_token_weights(model, inputs)
             if self.accumulation is not None:
                 self._check_linearity(model, inputs)
                 self.accumulation.check_sequences(objective, len(inputs["advantages"]))
+
+    @contextmanager
+    def _unlogged(self) -> Iterator[None]:
+        """Within the context, losses leave nothing in the metrics."""
+        uncounted = nullcontext() if self.trust_region is None else self.trust_region.uncounted()
+        with replaced(self, "_metrics", {mode: defaultdict(list) for mode in self._metrics}), uncounted:
+            yield
 
     def _check_token_weights(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         """

@@ -46,7 +46,7 @@ def record(trainer):
     original = trainer._with_others
 
     def with_others(inputs):
-        seen.append((dict(inputs), original(inputs), trainer._step))
+        seen.append((dict(inputs), original(inputs)))
         return seen[-1][1]
 
     trainer._with_others = with_others
@@ -67,32 +67,12 @@ def test_a_step_of_the_trainer_is_the_definition(divergence, tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["projection/norm_ratio"] > 0
     trainer.model.load_state_dict(initial)
-    own, both = [inputs for inputs, _, _ in seen], [inputs for _, inputs, _ in seen]
+    own, both = [inputs for inputs, _ in seen], [inputs for _, inputs in seen]
     assert [len(inputs["advantages"]) for inputs in both] == [8, 8, 8]
     model, policies = definition(trainer, own)
     _, together = definition(trainer, both)
-    expected = oracle_of(model, policies, [(objectives[4:], None) for objectives, _ in together])
+    expected = oracle.accumulate(model, policies, directions=[objectives[4:] for objectives, _ in together])
     oracle.assert_close(recorder.gradients, expected)
-
-
-def oracle_of(model, policies, others):
-    """The definition in float64: what is accumulated is projected off other sequences, then the policy is added."""
-    model = copy.deepcopy(model).double()
-    params = dict(model.named_parameters())
-
-    def sequences(objectives):
-        return [torch.autograd.grad(objective(model), list(params.values())) for objective in objectives]
-
-    accumulated = {}
-    for (objectives, advantages), (directions, _) in zip(policies, others, strict=True):
-        own, off = sequences(objectives), sequences(directions)
-        for i, name in enumerate(params):
-            policy = sum(a * s[i].flatten() for a, s in zip(advantages.double(), own, strict=True))
-            if name in accumulated:
-                accumulated[name] = oracle.remove(accumulated[name], [s[i].flatten() for s in off], policy) + policy
-            else:
-                accumulated[name] = policy
-    return {name: accumulated[name].view_as(param) for name, param in params.items()}
 
 
 @pytest.mark.parametrize("steps_per_generation", [6, 3])
@@ -105,7 +85,7 @@ def test_which_sequences_are_drawn(steps_per_generation, tmp_path):
     assert len(seen) == 6
     windows = [seen[:3], seen[3:]]
     for i, window in enumerate(windows):
-        for inputs, together, _ in window:
+        for inputs, together in window:
             own = {row(inputs, j) for j in range(4)}
             assert [row(together, j) for j in range(4)] == [row(inputs, j) for j in range(4)]
             drawn = {row(together, j) for j in range(4, 8)}
@@ -113,7 +93,7 @@ def test_which_sequences_are_drawn(steps_per_generation, tmp_path):
             assert together["advantages"][4:].tolist() == [0.0] * 4
             # Of the rollout's other optimizer step, or, where there is none, of the other microbatches
             rest = windows[1 - i] if steps_per_generation == 6 else [x for x in window if x[0] is not inputs]
-            assert drawn <= {row(other, j) for other, _, _ in rest for j in range(4)}
+            assert drawn <= {row(other, j) for other, _ in rest for j in range(4)}
 
 
 def test_the_draw_is_a_function_of_seed_and_step(tmp_path):

@@ -9,7 +9,7 @@ from support.frontier import make_all
 
 from proma_trl.recipes import frontier_report
 from proma_trl.recipes.frontier_plan import PROTOCOL, QUICK, Block, Plan
-from proma_trl.recipes.frontier_summary import Regime, score, summarize, summarize_arm
+from proma_trl.recipes.frontier_summary import RegimeRuns, read_regimes, score, summarize, summarize_arm
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 
@@ -47,7 +47,7 @@ def made_up(plan):
 def test_numbers():
     plan = Plan([Block("on_policy", ["proma", "reinforce", "proma_random"], extends=False)])
     records = made_up(plan)
-    summary = summarize(plan, records)["on_policy"]
+    summary = summarize(read_regimes(plan, records))["on_policy"]
     test = [run for run in records if run.arm == "proma" and run.seed >= 100]
     assert len(test) == 10
     proma = summary["arms"]["proma"]
@@ -68,7 +68,7 @@ def test_pairs_are_of_equal_seeds():
     plan = Plan([Block("on_policy", ["proma", "reinforce"], extends=False)])
     records = made_up(plan)
     records = {run: r for run, r in records.items() if run.arm == "proma" or run.seed not in (103, 107)}
-    assert summarize(plan, records)["on_policy"]["pairs"]["proma - reinforce"]["seeds"] == 8
+    assert summarize(read_regimes(plan, records))["on_policy"]["pairs"]["proma - reinforce"]["seeds"] == 8
 
 
 def test_an_arm_that_never_reaches_the_target():
@@ -88,7 +88,7 @@ def test_width_counts_half_decades():
         if run.rate == -14:
             record["curves"]["eval_accuracy"] |= dict.fromkeys((32, 36, 40), 0.85)
     # Rates halfway between others do not count
-    assert Regime("on_policy", plan, records).arms()["reinforce"]["rate_decades"] == 1.5
+    assert RegimeRuns("on_policy", plan, records).arms()["reinforce"]["rate_decades"] == 1.5
 
 
 def test_whole_report(tmp_path):

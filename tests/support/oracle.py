@@ -41,6 +41,7 @@ def accumulate(
     microbatches: list[tuple[list[Callable], torch.Tensor]],
     weigh: Callable[[str, list[torch.Tensor], torch.Tensor], torch.Tensor] | None = None,
     as_it_is: bool = False,
+    directions: list[list[Callable]] | None = None,
     **settings,
 ) -> dict[str, torch.Tensor]:
     """
@@ -49,21 +50,26 @@ def accumulate(
     `microbatches` holds, for each, the k objectives (functions of the model that give a scalar) and the k advantages.
     With `as_it_is`, for a model that can't be copied, the gradients of single sequences are the model's own, and all
     that follows is in float64. `weigh` returns other coefficients, `(k,)`, from a tensor's name, its flat sequence
-    gradients and the advantages.
+    gradients and the advantages. `directions` holds, for each microbatch, objectives whose gradients are projected
+    off in the place of its own.
     """
     model = model if as_it_is else copy.deepcopy(model).double()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def gradients(objectives: list[Callable]) -> list[list[torch.Tensor]]:
+        found = (torch.autograd.grad(f(model), list(params.values()), allow_unused=True) for f in objectives)
+        return [
+            [
+                torch.zeros_like(p).double() if g is None else g.double()
+                for p, g in zip(params.values(), own, strict=True)
+            ]
+            for own in found
+        ]
+
     accumulated = {}
-    for objectives, advantages in microbatches:
-        grads = []
-        for objective in objectives:
-            found = torch.autograd.grad(objective(model), list(params.values()), allow_unused=True)
-            grads.append(
-                [
-                    torch.zeros_like(p).double() if g is None else g.double()
-                    for p, g in zip(params.values(), found, strict=True)
-                ]
-            )
+    for number, (objectives, advantages) in enumerate(microbatches):
+        grads = gradients(objectives)
+        others = grads if directions is None else gradients(directions[number])
         for index, (name, param) in enumerate(params.items()):
             sequences = [g[index].flatten() for g in grads]
             coefficients = advantages.double()
@@ -71,7 +77,8 @@ def accumulate(
                 coefficients = weigh(name, sequences, coefficients)
             policy = sum(c * s for c, s in zip(coefficients, sequences, strict=True))
             if name in accumulated:
-                acc = remove(accumulated[name].flatten(), sequences, policy, **settings)
+                off = [g[index].flatten() for g in others]
+                acc = remove(accumulated[name].flatten(), off, policy, **settings)
                 accumulated[name] = (acc + policy).view_as(param)
             else:
                 accumulated[name] = policy.view_as(param).clone()
