@@ -3,6 +3,7 @@ The comparison of docs/protocol.md on the embedded task: what each algorithm rea
 initial policy, every one with the learning rate that suits it, beside two controls.
 
     python recipes/frontier.py --output_dir runs/frontier
+    python recipes/frontier.py --output_dir runs/frontier_smollm2 --pretrained path/to/SmolLM2-135M-Instruct
 
 Every arm is tuned by itself: four learning rates with the tuning seeds; further rates as long as the best is at an
 edge; then, at the best rate, other values of the arm's own parameter. The best setting is run with the test seeds.
@@ -13,6 +14,7 @@ recipes/frontier_report.py in the output folder, of the runs that are complete.
 
 import contextlib
 import gc
+import importlib
 import json
 import math
 import multiprocessing
@@ -29,9 +31,9 @@ from pathlib import Path
 import yaml
 from trl import TrlParser
 
-from proma_trl.recipes.frontier_plan import PROTOCOL, QUICK, REGIMES, Plan, Run, read_run, read_runs
+from proma_trl.recipes.frontier_plan import PRETRAINED, PROTOCOL, QUICK, REGIMES, Plan, Run, read_run, read_runs
 from proma_trl.recipes.frontier_report import write_report
-from proma_trl.recipes.frontier_summary import score
+from proma_trl.recipes.frontier_summary import score_all
 from proma_trl.recipes.word_problems import write_task
 from proma_trl.tools.curves import METRICS, read_curves
 
@@ -39,6 +41,7 @@ CONFIGS = Path(__file__).parent / "configs"
 # What is kept of a run's log
 LOGGED = {
     **METRICS,
+    "final_accuracy": "eval_final_accuracy",
     "reward": "reward",
     "length_ratio": "control/length_ratio",
     "removed": "projection/norm_ratio",
@@ -62,6 +65,13 @@ class FrontierArguments:
             "rates, one seed to tune and two to test, 16 steps."
         },
     )
+    pretrained: str | None = field(
+        default=None,
+        metadata={
+            "help": "Compare on a pretrained model, SmolLM2-135M-Instruct on the Hugging Face Hub or in a local "
+            "folder, which learns sums: recipes/sums.py in the place of the embedded task."
+        },
+    )
     jobs: int = field(default=2, metadata={"help": "Runs at a time, each with its share of the CPU cores."})
     minutes: float | None = field(
         default=None, metadata={"help": "After so many minutes, no other run begins. By default, all are made."}
@@ -76,31 +86,27 @@ class FrontierArguments:
     def __post_init__(self):
         if self.jobs < 1:
             raise ValueError(f"jobs={self.jobs} has to be at least 1.")
+        if self.quick and self.pretrained is not None:
+            raise ValueError("quick=True is a version of the comparison on the embedded task. Leave out pretrained.")
 
 
-def execute(run: Run, task: Path, folder: Path, options: Sequence[str]) -> dict:
+def execute(run: Run, folder: Path, options: Sequence[str]) -> dict:
     """
     Trains in this process, with all output in `run.log`. Of what the run leaves, its logs are kept.
+
+    `options` are those of all runs: the model, the data.
 
     Returns:
         `dict`: The record of the run: what it was, its curves by step, and how many seconds it took.
     """
-    from proma_trl.recipes import gsm8k
-
     regime = REGIMES[run.regime]
+    recipe = importlib.import_module(f"proma_trl.recipes.{regime.recipe}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     begin = time.monotonic()
     with _output_in(folder / "run.log"):
-        gsm8k.main(
-            [
-                *("--config", str(CONFIGS / regime.config), *regime.options.split()),
-                *("--model_name_or_path", str(task / "warm_start"), "--dataset_name", str(task / "problems")),
-                *options,
-                *run.options(),
-                *("--output_dir", str(folder)),
-            ]
-        )
+        config = ["--config", str(CONFIGS / regime.config), *regime.options.split()]
+        recipe.main([*config, *options, *run.options(), "--output_dir", str(folder)])
         gc.collect()
     seconds = time.monotonic() - begin
     for path in folder.iterdir():
@@ -136,12 +142,13 @@ def _output_in(log: Path) -> Iterator[None]:
                 os.close(own)
 
 
-def check_settings(folder: Path, options: Sequence[str]) -> None:
+def check_settings(folder: Path, plan: Plan, options: Sequence[str]) -> None:
     """
     Raises:
         ValueError: Where the folder holds runs with other settings.
     """
-    regimes = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONFIGS.glob("frontier_*.yaml"))}
+    configs = {REGIMES[block.regime].config for block in plan.blocks}
+    regimes = {Path(name).stem: yaml.safe_load((CONFIGS / name).read_text()) for name in configs}
     settings = {"options": list(options), **regimes}
     path = folder / "settings.json"
     if path.is_file() and json.loads(path.read_text()) != settings:
@@ -164,11 +171,10 @@ def execute_all(
         path.write_text(text[: text.rfind("\n") + 1])
     with ProcessPoolExecutor(jobs, mp_context=context) as pool, path.open("a") as file:
         while True:
-            scores = {run: score(record["curves"]) for run, record in records.items()}
-            waiting = [run for run in plan.missing(scores) if run not in running.values()]
+            waiting = [run for run in plan.missing(score_all(records)) if run not in running.values()]
             while waiting and len(running) < jobs and time.monotonic() < end:
                 run = waiting.pop(0)
-                running[pool.submit(execute, run, output / "task", output / run.name, options)] = run
+                running[pool.submit(execute, run, output / run.name, options)] = run
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -180,9 +186,18 @@ def execute_all(
                 records[run] = record
                 print(
                     f"{len(records)} complete, {len(waiting) + len(running)} or more to come. {run.name}: score "
-                    f"{score(record['curves']):.3f}, {record['seconds']:.0f} s",
+                    f"{score_all(records)[run]:.3f}, {record['seconds']:.0f} s",
                     flush=True,
                 )
+
+
+def embedded_task(folder: Path) -> list[str]:
+    """Makes the embedded task where the folder does not have it. Returns the options that choose it."""
+    if not (folder / "complete").is_file():
+        print("Generating problems, and warm-starting a small policy with SFTTrainer.", flush=True)
+        write_task(folder, seed=0, level="hard")
+        (folder / "complete").touch()
+    return ["--model_name_or_path", str(folder / "warm_start"), "--dataset_name", str(folder / "problems")]
 
 
 def main(arguments: list[str]) -> None:
@@ -193,16 +208,17 @@ def main(arguments: list[str]) -> None:
     (args,) = parser.parse_args_and_config(arguments)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    plan, options = (QUICK, ["--max_steps", "16"]) if args.quick else (PROTOCOL, [])
-    check_settings(output, options)
-    if not (output / "task" / "complete").is_file():
-        print("Generating problems, and warm-starting a small policy with SFTTrainer.", flush=True)
-        write_task(output / "task", seed=0, level="hard")
-        (output / "task" / "complete").touch()
+    if args.pretrained is not None:
+        plan, options = PRETRAINED, []
+        source = ["--model_name_or_path", args.pretrained]
+    else:
+        plan, options = (QUICK, ["--max_steps", "16"]) if args.quick else (PROTOCOL, [])
+        source = embedded_task(output / "task")
+    check_settings(output, plan, options)
     records = {} if args.known_runs is None else read_runs(Path(args.known_runs))
     if (output / "runs.jsonl").is_file():
         records |= read_runs(output / "runs.jsonl")
-    execute_all(plan, records, output, args.jobs, options, args.minutes)
+    execute_all(plan, records, output, args.jobs, [*source, *options], args.minutes)
     print(write_report(plan, records, output))
 
 

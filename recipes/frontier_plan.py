@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BUDGETS = (0.005, 0.01, 0.02)  # nats per token from the initial policy
-TARGET = 0.8  # of the endpoints at equal accuracy
 TUNING_SEEDS, TEST_SEEDS = (0, 1), tuple(range(100, 110))
 FIRST_RATES = (-20, -18, -16, -14)  # in quarters of a decade: 1e-5, 3.2e-5, 1e-4, 3.2e-4
 
@@ -49,17 +47,25 @@ CONTROLS = ("reinforce_matched", "proma_random")
 @dataclass(frozen=True)
 class Regime:
     """
-    How all arms are trained.
+    How all arms are trained, and what their runs are scored by.
 
     Attributes:
         config (`str`): The file in `configs`.
         completions_a_step (`int`): Completions that are sampled for an optimizer step.
-        options (`str`): Options of recipes/gsm8k.py beside those of the file.
+        options (`str`): Options of the recipe beside those of the file.
+        recipe (`str`): The module in `recipes` that trains.
+        rollouts (`int`): In a run.
+        budgets (`tuple`): Of the frontier score, in nats per token from the initial policy.
+        target (`float`): The accuracy of the endpoints at equal accuracy.
     """
 
     config: str
     completions_a_step: int
     options: str = ""
+    recipe: str = "gsm8k"
+    rollouts: int = 20
+    budgets: tuple[float, ...] = (0.005, 0.01, 0.02)
+    target: float = 0.8
 
 
 REGIMES = {
@@ -68,6 +74,7 @@ REGIMES = {
     "groups": Regime("frontier_on_policy.yaml", 128, "--whole_groups true"),
     "adamw": Regime("frontier_on_policy.yaml", 128, "--overlap_every 8"),
     "sgd": Regime("frontier_on_policy.yaml", 128, "--overlap_every 8 --optim sgd"),
+    "pretrained": Regime("sums_smollm2_cpu.yaml", 32, "", "sums", 15, (0.2, 0.4, 0.8)),
 }
 
 
@@ -94,7 +101,7 @@ class Run:
         return f"{self.regime}/{self.arm}_lr_{self.learning_rate:g}{own}_seed_{self.seed}"
 
     def options(self) -> list[str]:
-        """Those of recipes/gsm8k.py in which it differs from others of its regime."""
+        """Those of its recipe in which it differs from others of its regime."""
         arm = ARMS[self.arm]
         own = [arm.parameter, str(arm.values[self.value])] if arm.parameter else []
         return [*arm.options.split(), "--learning_rate", f"{self.learning_rate:g}", *own, "--seed", str(self.seed)]
@@ -197,6 +204,18 @@ PROTOCOL = Plan(
         Block("adamw", _MAIN, test_seeds=TUNING_SEEDS, tuned_in="on_policy"),
         Block("sgd", _MAIN[:4], _SGD_RATES, test_seeds=TUNING_SEEDS, extends=False),
         Block("on_policy", _REST),
+    ]
+)
+PRETRAINED = Plan(
+    [
+        Block(
+            "pretrained",
+            ("proma", "reinforce", "proma_intra", "grpo"),
+            (-22, -20, -18),
+            tuning_seeds=(0,),
+            test_seeds=TEST_SEEDS[:6],
+            extends=False,
+        )
     ]
 )
 QUICK = Plan([Block("on_policy", _MAIN[:4], (-18, -16), tuning_seeds=(0,), test_seeds=(100, 101), extends=False)])

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from proma_trl.recipes.frontier_plan import BUDGETS, CONTROLS, PROTOCOL, QUICK, TARGET, Plan, Run, read_runs
+from proma_trl.recipes.frontier_plan import CONTROLS, PRETRAINED, PROTOCOL, QUICK, REGIMES, Plan, Run, read_runs
 from proma_trl.recipes.frontier_summary import Records, RegimeRuns, read_regimes, score, summarize
 from proma_trl.tools.figures import draw_frontiers, draw_tuning
 from proma_trl.tools.frontiers import accuracy_within, paired_interval
@@ -25,6 +25,7 @@ _REGIMES = {
     "groups": "Microbatches of whole groups",
     "adamw": "What AdamW leaves of the projection",
     "sgd": "What SGD leaves of the projection",
+    "pretrained": "A pretrained model",
 }
 # Of the budgets that the figures show, between none and twice the largest
 _POINTS = 41
@@ -45,21 +46,23 @@ def _setting(found: Mapping[str, Any]) -> list[str]:
     return [f"{found['learning_rate']:g}", found.get("parameter", "")]
 
 
-def arms_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
+def arms_table(arms: Mapping[str, Mapping[str, Any]], budgets: Sequence[float]) -> str:
     """What each arm reaches, the best first."""
-    budgets = [f"within_{budget:g}" for budget in BUDGETS]
     rows = [
         [
             f"`{arm}`",
             *_setting(found),
             f"{found['rate_decades']:g}" if "rate_decades" in found else "",
             str(found["seeds"]),
-            *(_cell(found[name]) for name in ("score", *budgets, "final_accuracy")),
+            *(
+                _cell(found[name])
+                for name in ("score", *(f"within_{budget:g}" for budget in budgets), "final_accuracy")
+            ),
         ]
         for arm, found in sorted(arms.items(), key=lambda item: -item[1]["score"][0])
     ]
     header = ["Arm", "Rate", "Parameter", "Width", "Seeds", "Frontier score"]
-    return _table([*header, *(f"Within {budget:g}" for budget in BUDGETS), "Final accuracy"], rows)
+    return _table([*header, *(f"Within {budget:g}" for budget in budgets), "Final accuracy"], rows)
 
 
 def equal_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
@@ -136,8 +139,8 @@ def text_of(summary: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
         if "overlaps" in regime:
             parts += [f"## {title}", overlaps_table(regime["overlaps"])]
             continue
-        parts += [f"## {title}", arms_table(regime["arms"])]
-        parts += [f"### {title}: at an accuracy of {TARGET:g}", equal_table(regime["arms"])]
+        parts += [f"## {title}", arms_table(regime["arms"], REGIMES[name].budgets)]
+        parts += [f"### {title}: at an accuracy of {REGIMES[name].target:g}", equal_table(regime["arms"])]
         if regime["pairs"]:
             parts += [f"### {title}: paired differences", pairs_table(regime["pairs"])]
         if name == "on_policy":
@@ -150,14 +153,16 @@ def draw(regime: RegimeRuns, output: Path) -> None:
     if regime.tuning:
         scores = {
             arm: {
-                Run(regime.name, arm, rate, 0, 0).learning_rate: statistics.fmean(map(score, runs))
+                Run(regime.name, arm, rate, 0, 0).learning_rate: statistics.fmean(
+                    score(run, regime.regime) for run in runs
+                )
                 for rate, runs in rates.items()
             }
             for arm, rates in regime.tuning.items()
         }
         draw_tuning(scores, output / f"tuning_{regime.name}")
     if regime.test and regime.is_test:
-        budgets = [2 * max(BUDGETS) * i / (_POINTS - 1) for i in range(_POINTS)]
+        budgets = [2 * max(regime.regime.budgets) * i / (_POINTS - 1) for i in range(_POINTS)]
         bands = {}
         for arm, runs in regime.test.items():
             values = [[accuracy_within(run, budget) for run in runs.values()] for budget in budgets]
@@ -182,10 +187,11 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="runs.jsonl or runs.jsonl.gz")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="the runs are those of the quick version")
+    plans = {"protocol": PROTOCOL, "pretrained": PRETRAINED, "quick": QUICK}
+    parser.add_argument("--plan", choices=plans, default="protocol", help="which comparison the runs are of")
     args = parser.parse_args(arguments)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    print(write_report(QUICK if args.quick else PROTOCOL, read_runs(args.runs), args.output_dir))
+    print(write_report(plans[args.plan], read_runs(args.runs), args.output_dir))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from proma_trl.recipes.frontier_plan import ARMS, BUDGETS, CONTROLS, REGIMES, TARGET, Block, Plan, Run
+from proma_trl.recipes.frontier_plan import ARMS, CONTROLS, REGIMES, Block, Plan, Regime, Run
 from proma_trl.tools.curves import Curves
 from proma_trl.tools.frontiers import (
     accuracy_within,
@@ -19,32 +19,41 @@ from proma_trl.tools.frontiers import (
 
 Records = Mapping[Run, Mapping[str, Any]]
 
-# The part of a run in two rollouts
-_TWO_ROLLOUTS = 0.1
 _OVERLAPS = ("update_overlap", "update_tensor_overlap", "update_last_tensor_overlap")
 
 
-def score(run: Curves) -> float:
+def score(run: Curves, regime: Regime) -> float:
     """The primary endpoint."""
-    return frontier_score(run, BUDGETS)
+    return frontier_score(run, regime.budgets)
 
 
-def endpoints(run: Curves, completions_a_step: int) -> dict[str, float | None]:
+def score_all(records: Records) -> dict[Run, float]:
+    """The primary endpoint of all runs, each by its regime."""
+    return {run: score(record["curves"], REGIMES[run.regime]) for run, record in records.items()}
+
+
+def accuracy_at_the_end(run: Curves) -> float:
+    """On all problems that are held out, where that was measured; else the mean of the last three evaluations."""
+    at_the_end = run.get("final_accuracy")
+    return final_accuracy(run) if at_the_end is None else final_accuracy({"eval_accuracy": at_the_end}, 1)
+
+
+def endpoints(run: Curves, regime: Regime) -> dict[str, float | None]:
     """What the protocol asks of a run; `None` where it never evaluates at the target."""
-    reached = step_reaching(run, TARGET)
-    found = {"score": score(run)}
-    found |= {f"within_{budget:g}": accuracy_within(run, budget) for budget in BUDGETS}
-    found["final_accuracy"] = final_accuracy(run)
-    found["completions_to_target"] = None if reached is None else completions_a_step * reached
+    reached = step_reaching(run, regime.target)
+    found = {"score": score(run, regime)}
+    found |= {f"within_{budget:g}": accuracy_within(run, budget) for budget in regime.budgets}
+    found["final_accuracy"] = accuracy_at_the_end(run)
+    found["completions_to_target"] = None if reached is None else regime.completions_a_step * reached
     found["local_kl_to_target"] = None if not reached else mean_until(run, "local_kl", reached)
-    window = round(_TWO_ROLLOUTS * max(run["eval_accuracy"]))
+    window = round(2 / regime.rollouts * max(run["eval_accuracy"]))
     found["entropy_at_target"] = None if not reached else mean_since(run, "entropy", reached, window)
     return found
 
 
-def summarize_arm(runs: Sequence[Curves], completions_a_step: int) -> dict[str, Any]:
+def summarize_arm(runs: Sequence[Curves], regime: Regime) -> dict[str, Any]:
     """Means and intervals of the endpoints over seeds; those at the target over the runs that reach it."""
-    found = [endpoints(run, completions_a_step) for run in runs]
+    found = [endpoints(run, regime) for run in runs]
     summary = {"seeds": len(runs), "reached_target": sum(e["completions_to_target"] is not None for e in found)}
     for name in found[0]:
         values = [e[name] for e in found if e[name] is not None]
@@ -53,27 +62,31 @@ def summarize_arm(runs: Sequence[Curves], completions_a_step: int) -> dict[str, 
     return summary
 
 
-def compare(ours: Mapping[int, Curves], others: Mapping[int, Curves]) -> dict[str, Any]:
+def compare(ours: Mapping[int, Curves], others: Mapping[int, Curves], regime: Regime) -> dict[str, Any]:
     """Paired differences over the seeds that both have, and the probability of improvement of the score."""
     seeds = [seed for seed in ours if seed in others]
 
+    def values(runs: Mapping[int, Curves], endpoint: Callable[[Curves], float]) -> list[float]:
+        return [endpoint(runs[seed]) for seed in seeds]
+
     def difference(endpoint: Callable[[Curves], float]) -> list[float]:
-        differences = [endpoint(ours[seed]) - endpoint(others[seed]) for seed in seeds]
+        differences = [a - b for a, b in zip(values(ours, endpoint), values(others, endpoint), strict=True)]
         return [statistics.fmean(differences), *paired_interval(differences)]
+
+    def scored(run: Curves) -> float:
+        return score(run, regime)
 
     return {
         "seeds": len(seeds),
-        "score": difference(score),
-        "probability_of_improvement": probability_of_improvement(
-            [score(ours[seed]) for seed in seeds], [score(others[seed]) for seed in seeds]
-        ),
-        "final_accuracy": difference(final_accuracy),
+        "score": difference(scored),
+        "probability_of_improvement": probability_of_improvement(values(ours, scored), values(others, scored)),
+        "final_accuracy": difference(accuracy_at_the_end),
     }
 
 
 def width(tuned: Mapping[int, Sequence[Curves]]) -> float:
     """Decades of learning rates, half a one each, whose mean final accuracy is within two points of the best."""
-    means = {rate: statistics.fmean(map(final_accuracy, runs)) for rate, runs in tuned.items()}
+    means = {rate: statistics.fmean(map(accuracy_at_the_end, runs)) for rate, runs in tuned.items()}
     return 0.5 * sum(mean >= max(means.values()) - 0.02 for mean in means.values())
 
 
@@ -90,10 +103,11 @@ class RegimeRuns:
 
     def __init__(self, name: str, plan: Plan, records: Records):
         self.name = name
+        self.regime = REGIMES[name]
         self.chosen: dict[str, tuple[int, int]] = {}
         self.test: dict[str, dict[int, Curves]] = {}
         self.tuning: dict[str, dict[int, list[Curves]]] = {}
-        scores = {run: score(record["curves"]) for run, record in records.items()}
+        scores = score_all(records)
         blocks = [block for block in plan.blocks if block.regime == name]
         self.is_test = all(block.test_seeds != block.tuning_seeds for block in blocks)
         for block in blocks:
@@ -132,14 +146,14 @@ class RegimeRuns:
             summaries[arm] = self.setting(arm)
             if arm in self.tuning:
                 summaries[arm]["rate_decades"] = width(self.tuning[arm])
-            summaries[arm] |= summarize_arm([*runs.values()], REGIMES[self.name].completions_a_step)
+            summaries[arm] |= summarize_arm([*runs.values()], self.regime)
         return summaries
 
     def pairs(self) -> dict[str, dict[str, Any]]:
         """Each arm with REINFORCE and with GRPO, and PROMA with its controls."""
         against = dict.fromkeys(self.test, ("reinforce", "grpo")) | {"proma": (*CONTROLS, "reinforce", "grpo")}
         return {
-            f"{arm} - {other}": compare(self.test[arm], self.test[other])
+            f"{arm} - {other}": compare(self.test[arm], self.test[other], self.regime)
             for arm in self.test
             for other in against[arm]
             if other != arm and set(self.test[arm]) & set(self.test.get(other, ()))
@@ -153,7 +167,7 @@ class RegimeRuns:
             found[arm] = {
                 **self.setting(arm),
                 "runs": len(runs),
-                "score": statistics.fmean(map(score, runs.values())),
+                "score": statistics.fmean(score(run, self.regime) for run in runs.values()),
                 **{name: statistics.fmean(values) for name, values in curves.items()},
             }
         return found
@@ -174,7 +188,7 @@ def summarize(regimes: Mapping[str, RegimeRuns]) -> dict[str, dict[str, Any]]:
             summary[name] = {"overlaps": regime.overlaps()}
         elif name == "groups":
             pairs = {
-                f"{arm}: groups - shuffled": compare(runs, regimes["on_policy"].test[arm])
+                f"{arm}: groups - shuffled": compare(runs, regimes["on_policy"].test[arm], regime.regime)
                 for arm, runs in regime.test.items()
                 if set(runs) & set(regimes["on_policy"].test.get(arm, ()))
             }

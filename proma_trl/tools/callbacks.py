@@ -34,6 +34,8 @@ class GreedyEvaluation(TrainerCallback):
             Optimizer steps between two evaluations.
     """
 
+    metric = ACCURACY
+
     def __init__(self, trainer: GRPOTrainer, dataset: Dataset, every_steps: int):
         if every_steps < 1:
             raise ValueError(f"every_steps={every_steps} has to be at least 1.")
@@ -88,7 +90,7 @@ class GreedyEvaluation(TrainerCallback):
         return tokenizer.batch_decode(ids[:, input_ids.size(1) :], skip_special_tokens=True)
 
     def _evaluate_and_log(self, state: TrainerState) -> None:
-        if any(record["step"] == state.global_step and ACCURACY in record for record in state.log_history):
+        if any(record["step"] == state.global_step and self.metric in record for record in state.log_history):
             return
         accuracy = self.evaluate()
         trainer = self.trainer
@@ -98,7 +100,7 @@ class GreedyEvaluation(TrainerCallback):
         should_log = trainer.control.should_log
         trainer.model.eval()
         trainer.log_completions = False
-        trainer.log({ACCURACY: accuracy})
+        trainer.log({self.metric: accuracy})
         trainer.model.train(was_training)
         trainer.log_completions = log_completions
         trainer.control.should_log = should_log

@@ -36,6 +36,7 @@ class UpdateOverlap(PolicyMeasurement):
     Raises:
         ValueError: For a number that is not positive.
         TypeError: For a trainer that does not sample from its policy.
+        ValueError: When training begins, for prompts with images.
         RuntimeError: When training begins, for weights that are spread over ranks (ZeRO-3, FSDP).
 
     Example:
@@ -54,6 +55,11 @@ class UpdateOverlap(PolicyMeasurement):
             raise RuntimeError(
                 "The policy's weights are spread over ranks, so UpdateOverlap can't keep copies of them. Train with "
                 "ZeRO-2 or DDP, or on one device."
+            )
+        if {"image", "images"} & set(getattr(self.trainer.train_dataset, "column_names", None) or ()):
+            raise ValueError(
+                "UpdateOverlap reads sequences without their images, so it is not available for prompts with images. "
+                "Leave out the callback (in the recipes, overlap_every=0)."
             )
         self.begin_recording(state)
 

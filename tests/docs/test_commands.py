@@ -22,8 +22,8 @@ from support.recipe import planned_runs, write_problems
 from support.tiny import make_policy, make_tokenizer
 
 from proma_trl import check, cli
-from proma_trl.recipes import demo, frontier, gsm8k, train
-from proma_trl.recipes.frontier_summary import score
+from proma_trl.recipes import demo, frontier, gsm8k, sums, train
+from proma_trl.recipes.frontier_summary import score_all
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -135,6 +135,8 @@ def run_python(words, folder, monkeypatch):
         run_frontier(words[2:], folder, monkeypatch)
     elif words[1] == "recipes/gsm8k.py":
         run_recipe(gsm8k, words[2:], folder, monkeypatch)
+    elif words[1] == "recipes/sums.py":
+        run_recipe(sums, words[2:], folder, monkeypatch)
     else:
         script = ROOT / words[1]
         assert script.is_file(), words[1]
@@ -207,8 +209,7 @@ def run_frontier(options, folder, monkeypatch):
     planned = []
 
     def plan_all(plan, records, *rest):
-        scores = {run: score(record["curves"]) for run, record in records.items()}
-        planned.extend([*records, *plan.missing(scores)])
+        planned.extend([*records, *plan.missing(score_all(records))])
 
     monkeypatch.setattr(frontier, "execute_all", plan_all)
     monkeypatch.setattr(frontier, "write_task", lambda folder, **kwargs: folder.mkdir(parents=True))

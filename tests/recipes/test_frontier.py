@@ -9,10 +9,11 @@ from support.frontier import make_all
 from support.recipe import make_settings
 
 from proma_trl.recipes import frontier, frontier_report
-from proma_trl.recipes.frontier_plan import ARMS, BUDGETS, PROTOCOL, REGIMES, Block, Plan, Run, read_runs
+from proma_trl.recipes.frontier_plan import ARMS, PRETRAINED, PROTOCOL, REGIMES, Block, Plan, Run, read_runs
+from proma_trl.recipes.frontier_summary import score_all
 from proma_trl.recipes.gsm8k import GSM8KArguments
+from proma_trl.recipes.sums import SumsArguments
 from proma_trl.recipes.training import parse
-from proma_trl.tools.frontiers import frontier_score
 
 
 def test_tuning_extends_edges_then_tries_the_parameter():
@@ -69,6 +70,8 @@ def test_settings_that_another_regime_has_chosen():
 def test_the_plan_is_the_protocols():
     on_policy = [arm for block in PROTOCOL.blocks if block.regime == "on_policy" for arm in block.arms]
     assert sorted(on_policy) == sorted(ARMS)
+    (pretrained,) = PRETRAINED.blocks
+    assert len(make_all(PRETRAINED, lambda run: 1.0)) == len(pretrained.arms) * (3 * 1 + 6) == 36
     assert all((*block.tuning_seeds, *block.test_seeds) == (0, 1, *range(100, 110)) for block in PROTOCOL.blocks[:2])
     assert all(len(arm.values) == (3 if arm.parameter else 0) for arm in ARMS.values())
     assert [Run("on_policy", "grpo", rate, 0, 0).learning_rate for rate in PROTOCOL.blocks[0].rates] == [
@@ -86,11 +89,15 @@ def test_options_are_those_of_the_recipe(regime, arm, tmp_path):
         run = Run(regime, arm, -16, value, 3)
         made = REGIMES[regime]
         config = ["--config", str(frontier.CONFIGS / made.config), *made.options.split(), "--model_name_or_path", "p"]
-        paths = ["--dataset_name", "problems", "--output_dir", str(tmp_path)]
-        _, args, _ = parse(GSM8KArguments, [*config, *run.options(), *paths], None)
+        recipe = {"gsm8k": GSM8KArguments, "sums": SumsArguments}[made.recipe]
+        _, args, _ = parse(recipe, [*config, *run.options(), "--output_dir", str(tmp_path)], None)
         assert args.learning_rate == 1e-4 and args.seed == 3 and args.loss_type == "dapo"
-        assert args.max_steps * args.gradient_accumulation_steps * 8 == 5120 * args.num_iterations
-        assert args.max_steps * made.completions_a_step == 5120
+        completions = 960 if regime == "pretrained" else 5120
+        assert args.max_steps * args.gradient_accumulation_steps * 8 == completions * args.num_iterations
+        assert args.max_steps * made.completions_a_step == completions
+        assert args.max_steps == made.rollouts * args.num_iterations * (
+            args.steps_per_generation // args.gradient_accumulation_steps
+        )
         if ARMS[arm].parameter:
             assert getattr(args, ARMS[arm].parameter.removeprefix("--")) == ARMS[arm].values[value]
     assert re.fullmatch(rf"{regime}/{arm}_lr_0\.0001\S*_seed_3", run.name)
@@ -108,14 +115,15 @@ def tiny(tmp_path):
     options = [text for name in names for text in (f"--{name}", str(settings[name]))]
     kwargs = json.dumps(settings["generation_kwargs"])
     options += ["--gradient_accumulation_steps", "2", "--steps_per_generation", "4", "--generation_kwargs", kwargs]
-    return tmp_path / "out", [*options, "--eval_every", "1", "--kl_every", "1"]
+    source = frontier.embedded_task(tmp_path / "out" / "task")
+    return tmp_path / "out", [*source, *options, "--eval_every", "1", "--kl_every", "1"]
 
 
 def test_a_run_leaves_nothing_to_the_next(tiny):
     """In one process, the same run gives the same record after another one."""
     output, options = tiny
     runs = [Run("on_policy", "proma", -8, 0, 3), Run("on_policy", "reinforce_matched", -8, 0, 4)]
-    found = [frontier.execute(run, output / "task", output / "run", options) for run in (*runs, runs[0])]
+    found = [frontier.execute(run, output / "run", options) for run in (*runs, runs[0])]
     assert found[0]["curves"] == found[2]["curves"] != found[1]["curves"]
     assert found[0]["arm"] == "proma" and found[0]["seconds"] > 0
     curves = found[0]["curves"]
@@ -136,7 +144,7 @@ def test_whole_comparison(tiny, monkeypatch, capsys):
     frontier.execute_all(plan, records, output, jobs=1, options=options, minutes=None)
     assert len(records) == 6 and records == read_runs(output / "runs.jsonl")
     assert all("Greedy accuracy" in (output / run.name / "run.log").read_text() for run in records)
-    assert plan.missing({run: frontier_score(record["curves"], BUDGETS) for run, record in records.items()}) == []
+    assert plan.missing(score_all(records)) == []
     assert "6 complete, 0 or more to come" in capsys.readouterr().out
     frontier.execute_all(plan, records, output, jobs=1, options=options, minutes=None)
     assert len((output / "runs.jsonl").read_text().splitlines()) == 6
@@ -146,10 +154,17 @@ def test_whole_comparison(tiny, monkeypatch, capsys):
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
-    frontier.check_settings(tmp_path, [])
-    frontier.check_settings(tmp_path, [])
+    frontier.check_settings(tmp_path, PROTOCOL, [])
+    frontier.check_settings(tmp_path, PROTOCOL, [])
     with pytest.raises(ValueError, match="other settings"):
-        frontier.check_settings(tmp_path, ["--max_steps", "16"])
+        frontier.check_settings(tmp_path, PROTOCOL, ["--max_steps", "16"])
+    with pytest.raises(ValueError, match="other settings"):
+        frontier.check_settings(tmp_path, PRETRAINED, [])
+
+
+def test_the_quick_version_has_the_embedded_task():
+    with pytest.raises(ValueError, match="Leave out pretrained"):
+        frontier.FrontierArguments(quick=True, pretrained="model")
 
 
 @pytest.mark.slow

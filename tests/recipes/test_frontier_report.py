@@ -8,7 +8,7 @@ import pytest
 from support.frontier import make_all
 
 from proma_trl.recipes import frontier_report
-from proma_trl.recipes.frontier_plan import PROTOCOL, QUICK, Block, Plan
+from proma_trl.recipes.frontier_plan import PRETRAINED, PROTOCOL, QUICK, REGIMES, Block, Plan
 from proma_trl.recipes.frontier_summary import RegimeRuns, read_regimes, score, summarize, summarize_arm
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
@@ -38,7 +38,7 @@ def made_up(plan):
         if run.regime in ("adamw", "sgd"):
             made |= {f"update_{name}": {8: 0.1, 16: 0.3} for name in OVERLAPS}
         records[run] = {"seconds": 1.0, "curves": made}
-        return score(made)
+        return score(made, REGIMES[run.regime])
 
     make_all(plan, make)
     return records
@@ -51,7 +51,9 @@ def test_numbers():
     test = [run for run in records if run.arm == "proma" and run.seed >= 100]
     assert len(test) == 10
     proma = summary["arms"]["proma"]
-    assert proma["score"][0] == pytest.approx(statistics.fmean(score(records[run]["curves"]) for run in test))
+    assert proma["score"][0] == pytest.approx(
+        statistics.fmean(score(records[run]["curves"], REGIMES["on_policy"]) for run in test)
+    )
     assert proma["seeds"] == proma["reached_target"] == 10
     assert proma["learning_rate"] == 3.2e-5 and proma["parameter"] == "projection_bound 0.5"
     # All rates end at the same accuracy
@@ -74,9 +76,9 @@ def test_pairs_are_of_equal_seeds():
 def test_an_arm_that_never_reaches_the_target():
     run = curves(0.001)
     run["eval_accuracy"] = dict.fromkeys(run["eval_accuracy"], 0.2)
-    found = summarize_arm([run, curves(0.001)], 32)
+    found = summarize_arm([run, curves(0.001)], REGIMES["stale"])
     assert found["reached_target"] == 1 and found["completions_to_target"][0] == 32 * 24
-    never = summarize_arm([run], 32)
+    never = summarize_arm([run], REGIMES["stale"])
     assert "local_kl_to_target" not in never
     assert "| `proma` | 0 of 1 |  |  |  |" in frontier_report.equal_table({"proma": never})
 
@@ -127,6 +129,26 @@ def test_report_from_a_file(tmp_path, capsys):
         for run, record in made_up(QUICK).items()
     ]
     (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
-    arguments = ["--runs", str(tmp_path / "runs.jsonl.gz"), "--output_dir", str(tmp_path / "report"), "--quick"]
+    arguments = [
+        "--runs",
+        str(tmp_path / "runs.jsonl.gz"),
+        "--output_dir",
+        str(tmp_path / "report"),
+        "--plan",
+        "quick",
+    ]
     frontier_report.main(arguments)
     assert "`proma - reinforce_matched`" in capsys.readouterr().out
+
+
+def test_the_pretrained_model_is_scored_by_its_own_budgets_and_problems():
+    records = made_up(PRETRAINED)
+    for record in records.values():
+        record["curves"]["final_accuracy"] = {40: 0.7}
+        record["curves"]["global_kl"] = {step: 0.01 * step for step in record["curves"]["global_kl"]}
+    summary = summarize(read_regimes(PRETRAINED, records))["pretrained"]
+    proma = summary["arms"]["proma"]
+    assert proma["final_accuracy"] == pytest.approx([0.7] * 3) and proma["seeds"] == 6
+    # Accuracy 0.2 + step / 40 at a divergence of step / 100, and 0.9 from step 28 on
+    assert proma["within_0.2"][0] == pytest.approx(0.7) and proma["within_0.4"][0] == pytest.approx(0.9)
+    assert "Within 0.4" in frontier_report.text_of({"pretrained": summary}, 6)

@@ -116,3 +116,11 @@ def test_bad_arguments(tmp_path):
         UpdateOverlap(make_trainer(tmp_path), every_steps=0)
     with pytest.raises(TypeError, match="UpdateOverlap measures on completions"):
         UpdateOverlap(object())
+
+
+def test_images_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_dataset = trainer.train_dataset.add_column("image", [None] * len(trainer.train_dataset))
+    trainer.add_callback(UpdateOverlap(trainer))
+    with pytest.raises(ValueError, match="not available for prompts with images"):
+        trainer.train()

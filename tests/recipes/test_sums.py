@@ -1,0 +1,41 @@
+"""The task of pretrained models in the comparison: sums, and how a run on them is evaluated."""
+
+import pytest
+from support.recipe import make_settings, read_metrics, write_config
+
+from proma_trl.recipes import sums
+
+
+def test_problems_are_distinct_and_held_out():
+    train, held_out = sums.make_sums()
+    assert (len(train), len(held_out)) == (sums.TRAIN, sums.HELD_OUT)
+    prompts = [*train["prompt"], *held_out["prompt"]]
+    assert len(set(prompts)) == sums.TRAIN + sums.HELD_OUT
+    for row in (*train, *held_out):
+        shown, _, question = row["prompt"].rpartition("\n")
+        a, b = map(int, question.removesuffix(" =").split(" + "))
+        assert shown + "\n" == sums.EXAMPLES and 10 <= a <= 99 and 2 <= b <= 29
+        assert int(row["answer"]) == a + b
+    for line in sums.EXAMPLES.splitlines():
+        assert eval(line.replace("=", "=="))
+
+
+def test_run(tmp_path):
+    settings = make_settings(tmp_path)
+    for name in ("dataset_name", "format_reward_weight"):
+        del settings[name]
+    config = write_config(tmp_path, settings | {"eval_samples": 40, "per_device_eval_batch_size": 250})
+    sums.main(["--config", config, "--algorithm", "proma"])
+    records = read_metrics(settings["output_dir"])
+    accuracies = [(record["step"], record["eval_accuracy"]) for record in records if "eval_accuracy" in record]
+    assert [step for step, _ in accuracies] == [0, 1, 2]
+    assert all((40 * accuracy).is_integer() for _, accuracy in accuracies)
+    final = [(record["step"], record["eval_final_accuracy"]) for record in records if "eval_final_accuracy" in record]
+    assert [step for step, _ in final] == [2]
+    assert (sums.HELD_OUT * final[0][1]).is_integer()
+
+
+@pytest.mark.parametrize("wrong", [{"eval_every": 0}, {"eval_samples": 0}, {"eval_samples": 501}])
+def test_settings_out_of_range(wrong):
+    with pytest.raises(ValueError, match="eval_samples"):
+        sums.SumsArguments(**wrong)
