@@ -199,9 +199,9 @@ _REST = ("dppo", "isopo", "grpo_kl", "proma_both")
 PROTOCOL = Plan(
     [
         Block("on_policy", _MAIN),
-        Block("stale", _STALE),
         Block("groups", ("proma", "proma_intra"), tuned_in="on_policy"),
         Block("adamw", _MAIN, test_seeds=TUNING_SEEDS, tuned_in="on_policy"),
+        Block("stale", _STALE),
         Block("sgd", _MAIN[:4], _SGD_RATES, test_seeds=TUNING_SEEDS, extends=False),
         Block("on_policy", _REST),
     ]
