@@ -39,6 +39,7 @@ ARMS = {
     "dppo": Arm("--algorithm dppo", "--divergence_threshold", (0.15, 0.05, 0.02)),
     "proma_random": Arm("--algorithm proma_random", "--projection_bound", (0.5, 0.25, 1.0)),
     "reinforce_matched": Arm("--algorithm reinforce_matched", "--projection_bound", (0.5, 0.25, 1.0)),
+    "intra_matched": Arm("--algorithm reinforce_matched --projection none", "--intra_dim", (10, 5, 20)),
 }
 
 CONTROLS = ("reinforce_matched", "proma_random")
@@ -201,6 +202,7 @@ PROTOCOL = Plan(
         Block("on_policy", _MAIN),
         Block("groups", ("proma", "proma_intra"), tuned_in="on_policy"),
         Block("adamw", _MAIN, test_seeds=TUNING_SEEDS, tuned_in="on_policy"),
+        Block("on_policy", ("intra_matched",)),
         Block("stale", _STALE),
         Block("sgd", _MAIN[:4], _SGD_RATES, test_seeds=TUNING_SEEDS, extends=False),
         Block("on_policy", _REST),

@@ -150,8 +150,10 @@ class RegimeRuns:
         return summaries
 
     def pairs(self) -> dict[str, dict[str, Any]]:
-        """Each arm with REINFORCE and with GRPO, and PROMA with its controls."""
-        against = dict.fromkeys(self.test, ("reinforce", "grpo")) | {"proma": (*CONTROLS, "reinforce", "grpo")}
+        """Each arm with REINFORCE and with GRPO, and PROMA and Intra-PROMA with their controls."""
+        baselines = ("reinforce", "grpo")
+        against = dict.fromkeys(self.test, baselines)
+        against |= {"proma": (*CONTROLS, *baselines), "proma_intra": ("intra_matched", *baselines)}
         return {
             f"{arm} - {other}": compare(self.test[arm], self.test[other], self.regime)
             for arm in self.test

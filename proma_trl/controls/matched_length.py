@@ -48,6 +48,7 @@ class MatchedLengthTrainer(PROMATrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         method, self._tag_names = self._name, type(self)._tag_names
+        self._card_evidence = ()
         self._name = f"REINFORCE with the step length of {method}"
         if self.accumulation is None:
             raise ValueError(

@@ -99,6 +99,7 @@ class RandomDirectionsTrainer(PROMATrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._name, self._tag_names = _NAME, type(self)._tag_names
+        self._card_evidence = ()
         settings = self.args
         if self.accumulation is None:
             raise ValueError(_SETTINGS)

@@ -31,6 +31,18 @@ _RESULTS = {
 # What the card's metadata name as the model's result: the first of these that was logged
 _RESULT_TYPES = {ACCURACY: "accuracy", "eval_reward": "mean_reward", "reward": "mean_reward"}
 
+# What the comparison in docs/protocol.md says of methods, by their names
+_COMPARISON = (
+    "In proma-trl's comparison on a small task (results/frontier_cpu in its repository; each algorithm at its own "
+    "best learning rate, ten paired seeds, AdamW)"
+)
+EVIDENCE = {
+    "PROMA": f"{_COMPARISON}, accumulation-based PROMA did no better than its projection along the directions of "
+    "random other sequences, or than REINFORCE with parameter updates as long as PROMA's. GRPO with tuned clipping "
+    "was ahead of it.",
+    "Intra-PROMA": f"{_COMPARISON}, Intra-PROMA was ahead of REINFORCE and level with GRPO with tuned clipping.",
+}
+
 _SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -76,6 +88,8 @@ class ModelCardMixin:
     # Arguments that the card shows beside those that all trainers share, and papers that it cites beside `_paper`
     _card_settings: Sequence[str] = ()
     _card_papers: Sequence[Mapping[str, str]] = ()
+    # Sentences on what is known of the method
+    _card_evidence: Sequence[str] = ()
 
     def create_model_card(
         self,
@@ -95,6 +109,7 @@ class ModelCardMixin:
                 dataset=dataset,
                 adapter=isinstance(self.model, PeftModel),
                 papers=self._card_papers,
+                evidence=self._card_evidence,
             )
 
 
@@ -107,6 +122,7 @@ def complete_model_card(
     dataset: CardDataset | None = None,
     adapter: bool = False,
     papers: Sequence[Mapping[str, str]] = (),
+    evidence: Sequence[str] = (),
 ) -> None:
     """
     Completes the card that TRL has written as `README.md`: the settings, first and last metrics, the figure if the
@@ -127,6 +143,8 @@ def complete_model_card(
             Whether the folder holds an adapter alone.
         papers (`Sequence[Mapping[str, str]]`, *optional*):
             Papers to cite that TRL's card does not: `title`, `citation`.
+        evidence (`Sequence[str]`, *optional*):
+            Sentences on what is known of the method, beside what this run shows.
     """
     card = ModelCard.load(folder / "README.md")
     data = card.data
@@ -154,6 +172,8 @@ def complete_model_card(
             section += f"Held-out problems: `{dataset.held_out}` of `{dataset.name}`.\n\n"
     if (folder / FIGURE).is_file():
         section += f"![The run's metrics over its optimizer steps]({FIGURE})\n\n"
+    if evidence:
+        section += "### What is known of the method\n\n" + " ".join(evidence) + "\n\n"
     text = _insert(text, "### Framework versions", section)
     for paper in papers:
         cite = f"Cite {paper['title'].partition(':')[0]} as:\n\n```bibtex\n{paper['citation']}\n```\n\n"

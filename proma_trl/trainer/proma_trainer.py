@@ -24,7 +24,7 @@ from ..rules import PROMA, UpdateRule
 from ..sequence_grads.probe import random_numbers_kept
 from .config import PROMAConfig
 from .fused_head import sequence_head
-from .model_card import ModelCardMixin
+from .model_card import EVIDENCE, ModelCardMixin
 from .sampler_log_probs import sampler_log_probs
 from .sampling import check_server, check_server_log_probs
 from .setup_checks import check_ranks_agree, check_setup, is_quantized, settings_without_effect
@@ -136,6 +136,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         papers = list({paper["id"]: paper for method in acting for paper in method.papers}.values())
         self._paper, self._card_papers = papers[0] if papers else {}, tuple(papers[1:])
         self._card_settings = args.rule_settings()
+        self._card_evidence = [EVIDENCE[method.name] for method in acting if method.name in EVIDENCE]
         adapters = _adapters_in_float32(model) if args.adapter_dtype == "float32" else {}
         super().__init__(
             model,

@@ -72,7 +72,15 @@ def test_the_plan_is_the_protocols():
     assert sorted(on_policy) == sorted(ARMS)
     (pretrained,) = PRETRAINED.blocks
     assert len(make_all(PRETRAINED, lambda run: 1.0)) == len(pretrained.arms) * (3 * 1 + 6) == 36
-    assert [block.regime for block in PROTOCOL.blocks] == ["on_policy", "groups", "adamw", "stale", "sgd", "on_policy"]
+    assert [block.regime for block in PROTOCOL.blocks] == [
+        "on_policy",
+        "groups",
+        "adamw",
+        "on_policy",
+        "stale",
+        "sgd",
+        "on_policy",
+    ]
     compared = [block for block in PROTOCOL.blocks if block.regime in ("on_policy", "stale")]
     assert all((*block.tuning_seeds, *block.test_seeds) == (0, 1, *range(100, 110)) for block in compared)
     assert all(len(arm.values) == (3 if arm.parameter else 0) for arm in ARMS.values())

@@ -9,9 +9,11 @@ from support.recipe import make_settings, read_metrics, write_config
 from transformers import pipeline
 from trl import GRPOTrainer
 
+from proma_trl import PROMATrainer
+from proma_trl.controls import MatchedLengthTrainer, RandomDirectionsTrainer
 from proma_trl.recipes import gsm8k as recipe
 from proma_trl.tools.data import load_gsm8k
-from proma_trl.trainer.model_card import CardDataset, complete_model_card, final_result
+from proma_trl.trainer.model_card import EVIDENCE, CardDataset, complete_model_card, final_result
 
 PROMA, GRPO, TRL = "@article{abrahamsen2026proma", "@article{shao2024deepseekmath", "@software{vonwerra2020trl"
 
@@ -56,6 +58,7 @@ def test_a_run_of_the_recipe(tmp_path, monkeypatch, algorithm, name, citations, 
     assert f"trained with {name}" in text and "huggingface.co/None" not in text
     assert {citation for citation in (PROMA, GRPO, TRL) if text.count(citation) == 1} == citations
     assert ("| `projection_sweeps` |" in text) == (algorithm == "proma")
+    assert text.count("### What is known of the method") == text.count(EVIDENCE["PROMA"]) == (algorithm == "proma")
     for setting, value in (settings | {"learning_rate": "0.01", "gradient_accumulation_steps": "2"}).items():
         assert f"| `{setting}` | `{value}` |" in text
     assert f"| {accuracies[0]:.4g} (step 0) | {accuracies[-1]:.4g} (step 2) |" in text
@@ -78,6 +81,22 @@ def write_card(folder, log_history=(), **kwargs):
     GRPOTrainer.create_model_card(trainer, model_name="tiny")
     complete_model_card(folder, settings={}, log_history=log_history, **kwargs)
     return ModelCard.load(folder / "README.md")
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "settings", "methods"),
+    [
+        (PROMATrainer, {}, ["PROMA"]),
+        (PROMATrainer, {"intra_dim": 3}, ["Intra-PROMA", "PROMA"]),
+        (PROMATrainer, {"intra_dim": 3, "projection": "none"}, ["Intra-PROMA"]),
+        (PROMATrainer, {"projection": "none"}, []),
+        (MatchedLengthTrainer, {}, []),
+        (RandomDirectionsTrainer, {"loss_type": "dapo", "steps_per_generation": 6}, []),
+    ],
+)
+def test_what_is_known_is_said_of_the_methods_that_act(tmp_path, trainer_class, settings, methods):
+    trainer = make_trainer(tmp_path, trainer_class=trainer_class, **settings)
+    assert [*trainer._card_evidence] == [EVIDENCE[method] for method in methods]
 
 
 def test_without_metrics_there_is_no_result(tmp_path):
