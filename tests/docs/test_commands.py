@@ -10,6 +10,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tempfile
 import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
@@ -215,7 +216,7 @@ def run_frontier(options, folder, monkeypatch):
     monkeypatch.setattr(frontier, "write_task", lambda folder, **kwargs: folder.mkdir(parents=True))
     # From the repository's folder, whose results it may start from, and with its own in another one
     monkeypatch.chdir(ROOT)
-    frontier.main([*options, "--output_dir", str(folder / "frontier")])
+    frontier.main([*options, "--output_dir", tempfile.mkdtemp(dir=folder)])
     assert planned
 
 
