@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOTrainer
 
 from proma_trl.recipes.training import RunArguments, make_trainer, parse, run
 from proma_trl.tools.callbacks import GreedyEvaluation
 from proma_trl.tools.data import drop_long_prompts
 from proma_trl.tools.rewards import accuracy_reward
-from proma_trl.trainer.model_card import CardDataset
 
-EXAMPLES = "38 + 25 = 63\n71 + 6 = 77\n"
+# Shown before each problem, and none of the problems
+EXAMPLES = ((38, 25), (71, 6))
 TRAIN, HELD_OUT = 2000, 500
 
 
@@ -49,9 +50,10 @@ class SumsArguments(RunArguments):
 
 def make_sums() -> tuple[Dataset, Dataset]:
     """Returns the problems to train on, and those to hold out, which are others: columns `prompt` and `answer`."""
-    sums = [(a, b) for a in range(10, 100) for b in range(2, 30)]
+    sums = [(a, b) for a in range(10, 100) for b in range(2, 30) if (a, b) not in EXAMPLES]
     random.Random(0).shuffle(sums)
-    rows = [{"prompt": f"{EXAMPLES}{a} + {b} =", "answer": str(a + b)} for a, b in sums[: HELD_OUT + TRAIN]]
+    shown = "".join(f"{a} + {b} = {a + b}\n" for a, b in EXAMPLES)
+    rows = [{"prompt": f"{shown}{a} + {b} =", "answer": str(a + b)} for a, b in sums[: HELD_OUT + TRAIN]]
     return Dataset.from_list(rows[HELD_OUT:]), Dataset.from_list(rows[:HELD_OUT])
 
 
@@ -59,6 +61,9 @@ class FinalEvaluation(GreedyEvaluation):
     """Evaluates after the last step alone."""
 
     metric = "eval_final_accuracy"
+
+    def __init__(self, trainer: GRPOTrainer, dataset: Dataset):
+        super().__init__(trainer, dataset, every_steps=sys.maxsize)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Before training, the other evaluation will do."""
@@ -75,8 +80,8 @@ def main(arguments: list[str]) -> None:
         train_dataset = drop_long_prompts(train_dataset, tokenizer, args.max_prompt_length)
     trainer = make_trainer(args, training_args, model_args, [accuracy_reward], train_dataset, None, tokenizer)
     trainer.add_callback(GreedyEvaluation(trainer, held_out.select(range(args.eval_samples)), args.eval_every))
-    trainer.add_callback(FinalEvaluation(trainer, held_out, training_args.max_steps))
-    run(trainer, args, CardDataset("sums of two numbers", None, None))
+    trainer.add_callback(FinalEvaluation(trainer, held_out))
+    run(trainer, args)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def make_trainer(
     )
 
 
-def run(trainer: trl.GRPOTrainer, args: RunArguments, card_dataset: CardDataset) -> None:
+def run(trainer: trl.GRPOTrainer, args: RunArguments, card_dataset: CardDataset | None = None) -> None:
     """Trains, from a checkpoint if the settings say so, and saves or pushes what the run leaves behind."""
     training_args = trainer.args
     if args.kl_every > 0:
@@ -222,7 +222,7 @@ def run(trainer: trl.GRPOTrainer, args: RunArguments, card_dataset: CardDataset)
     if args.overlap_every > 0:
         trainer.add_callback(UpdateOverlap(trainer, args.overlap_every))
     # A card names datasets that others can find.
-    if not os.path.exists(card_dataset.name):
+    if card_dataset is not None and not os.path.exists(card_dataset.name):
         trainer.card_dataset = card_dataset
 
     resume = {"true": True, "false": None}.get(

@@ -1,6 +1,8 @@
 """The task of pretrained models in the comparison: sums, and how a run on them is evaluated."""
 
 import pytest
+from huggingface_hub import ModelCard
+from support.hub import card_errors
 from support.recipe import make_settings, read_metrics, write_config
 
 from proma_trl.recipes import sums
@@ -14,10 +16,8 @@ def test_problems_are_distinct_and_held_out():
     for row in (*train, *held_out):
         shown, _, question = row["prompt"].rpartition("\n")
         a, b = map(int, question.removesuffix(" =").split(" + "))
-        assert shown + "\n" == sums.EXAMPLES and 10 <= a <= 99 and 2 <= b <= 29
-        assert int(row["answer"]) == a + b
-    for line in sums.EXAMPLES.splitlines():
-        assert eval(line.replace("=", "=="))
+        assert shown == "38 + 25 = 63\n71 + 6 = 77" and 10 <= a <= 99 and 2 <= b <= 29
+        assert int(row["answer"]) == a + b and (a, b) not in sums.EXAMPLES
 
 
 def test_run(tmp_path):
@@ -30,6 +30,8 @@ def test_run(tmp_path):
     accuracies = [(record["step"], record["eval_accuracy"]) for record in records if "eval_accuracy" in record]
     assert [step for step, _ in accuracies] == [0, 1, 2]
     assert all((40 * accuracy).is_integer() for _, accuracy in accuracies)
+    card = ModelCard.load(f"{settings['output_dir']}/README.md")
+    assert card_errors(card.content) == [] and "datasets" not in card.data.to_dict()
     final = [(record["step"], record["eval_final_accuracy"]) for record in records if "eval_final_accuracy" in record]
     assert [step for step, _ in final] == [2]
     assert (sums.HELD_OUT * final[0][1]).is_integer()
