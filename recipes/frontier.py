@@ -33,7 +33,7 @@ from trl import TrlParser
 
 from proma_trl.recipes.frontier_plan import PRETRAINED, PROTOCOL, QUICK, REGIMES, Plan, Run, read_run, read_runs
 from proma_trl.recipes.frontier_report import write_report
-from proma_trl.recipes.frontier_summary import score_all
+from proma_trl.recipes.frontier_summary import score, score_all
 from proma_trl.recipes.word_problems import write_task
 from proma_trl.tools.curves import METRICS, read_curves
 
@@ -147,7 +147,7 @@ def check_settings(folder: Path, plan: Plan, options: Sequence[str]) -> None:
     Raises:
         ValueError: Where the folder holds runs with other settings.
     """
-    configs = {REGIMES[block.regime].config for block in plan.blocks}
+    configs = sorted({REGIMES[block.regime].config for block in plan.blocks})
     regimes = {Path(name).stem: yaml.safe_load((CONFIGS / name).read_text()) for name in configs}
     settings = {"options": list(options), **regimes}
     path = folder / "settings.json"
@@ -165,13 +165,14 @@ def execute_all(
     os.environ |= {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     context = multiprocessing.get_context("spawn")
     running: dict[Future, Run] = {}
+    scores = score_all(records)
     path = output / "runs.jsonl"
     if path.is_file():  # without the half of a line that a killed process may have left
         text = path.read_text()
         path.write_text(text[: text.rfind("\n") + 1])
     with ProcessPoolExecutor(jobs, mp_context=context) as pool, path.open("a") as file:
         while True:
-            waiting = [run for run in plan.missing(score_all(records)) if run not in running.values()]
+            waiting = [run for run in plan.missing(scores) if run not in running.values()]
             while waiting and len(running) < jobs and time.monotonic() < end:
                 run = waiting.pop(0)
                 running[pool.submit(execute, run, output / run.name, options)] = run
@@ -183,10 +184,10 @@ def execute_all(
                 file.write(line)
                 file.flush()
                 run, record = read_run(line)
-                records[run] = record
+                records[run], scores[run] = record, score(record["curves"], REGIMES[run.regime])
                 print(
                     f"{len(records)} complete, {len(waiting) + len(running)} or more to come. {run.name}: score "
-                    f"{score_all(records)[run]:.3f}, {record['seconds']:.0f} s",
+                    f"{scores[run]:.3f}, {record['seconds']:.0f} s",
                     flush=True,
                 )
 

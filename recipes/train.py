@@ -22,7 +22,7 @@ import trl.rewards
 from transformers import AutoProcessor, AutoTokenizer
 
 from proma_trl.recipes.training import RunArguments, make_trainer, parse, run
-from proma_trl.tools.data import drop_long_prompts, load_columns
+from proma_trl.tools.data import drop_long_prompts, has_images, load_columns
 from proma_trl.trainer.model_card import CardDataset
 
 RewardFunction = Callable[..., list[float | None]]
@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> None:
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     train_dataset = load(args.dataset_train_split)
     if args.max_prompt_length is not None:
-        if {"image", "images"} & set(train_dataset.column_names):
+        if has_images(train_dataset):
             raise ValueError(
                 "max_prompt_length is not available for prompts with images, whose tokens it does not count. Leave "
                 "it out, and drop long prompts from the dataset."

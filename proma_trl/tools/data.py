@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, get_dataset_config_names, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
@@ -173,6 +173,11 @@ def tokenize_prompts(
     else:
         tokenized = tokenizer(text=list(prompts))
     return tokenized["input_ids"]
+
+
+def has_images(dataset: Dataset | IterableDataset) -> bool:
+    """Whether prompts come with images, in one of the columns that TRL's trainers read."""
+    return bool({"image", "images"} & set(dataset.column_names or ()))
 
 
 def drop_long_prompts(

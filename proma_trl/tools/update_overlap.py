@@ -8,6 +8,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
 from ..backends import weights_are_sharded
+from .data import has_images
 from .measurement import PolicyMeasurement
 
 
@@ -34,9 +35,8 @@ class UpdateOverlap(PolicyMeasurement):
             Optimizer steps between two measurements.
 
     Raises:
-        ValueError: For a number that is not positive.
+        ValueError: For a number that is not positive; when training begins, for prompts with images.
         TypeError: For a trainer that does not sample from its policy.
-        ValueError: When training begins, for prompts with images.
         RuntimeError: When training begins, for weights that are spread over ranks (ZeRO-3, FSDP).
 
     Example:
@@ -56,7 +56,7 @@ class UpdateOverlap(PolicyMeasurement):
                 "The policy's weights are spread over ranks, so UpdateOverlap can't keep copies of them. Train with "
                 "ZeRO-2 or DDP, or on one device."
             )
-        if {"image", "images"} & set(getattr(self.trainer.train_dataset, "column_names", None) or ()):
+        if has_images(self.trainer.train_dataset):
             raise ValueError(
                 "UpdateOverlap reads sequences without their images, so it is not available for prompts with images. "
                 "Leave out the callback (in the recipes, overlap_every=0)."
