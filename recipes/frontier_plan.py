@@ -37,6 +37,8 @@ ARMS = {
     "grpo": Arm("--algorithm grpo", "--epsilon", (0.2, 0.1, 0.05)),
     "grpo_kl": Arm("--algorithm grpo", "--beta", (0.04, 0.1, 0.01)),
     "dppo": Arm("--algorithm dppo", "--divergence_threshold", (0.15, 0.05, 0.02)),
+    "proma_dppo": Arm("--algorithm proma --divergence binary_tv", "--divergence_threshold", (0.15, 0.05, 0.02)),
+    "intra_dppo": Arm("--algorithm proma_intra --divergence binary_tv", "--divergence_threshold", (0.15, 0.05, 0.02)),
     "proma_random": Arm("--algorithm proma_random", "--projection_bound", (0.5, 0.25, 1.0)),
     "reinforce_matched": Arm("--algorithm reinforce_matched", "--projection_bound", (0.5, 0.25, 1.0)),
     "intra_matched": Arm("--algorithm reinforce_matched --projection none", "--intra_dim", (10, 5, 20)),
@@ -204,6 +206,7 @@ PROTOCOL = Plan(
         Block("adamw", _MAIN, test_seeds=TUNING_SEEDS, tuned_in="on_policy"),
         Block("on_policy", ("intra_matched",)),
         Block("stale", _STALE),
+        Block("stale", ("proma_dppo", "intra_dppo")),
         Block("sgd", _MAIN[:4], _SGD_RATES, test_seeds=TUNING_SEEDS, extends=False),
         Block("on_policy", _REST),
     ]

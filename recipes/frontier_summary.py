@@ -19,6 +19,14 @@ from proma_trl.tools.frontiers import (
 
 Records = Mapping[Run, Mapping[str, Any]]
 
+_BASELINES = ("reinforce", "grpo")
+# What an arm is compared with beside the baselines
+_COUNTERPARTS = {
+    "proma": CONTROLS,
+    "proma_intra": ("intra_matched",),
+    "proma_dppo": ("dppo", "proma"),
+    "intra_dppo": ("dppo", "proma_intra"),
+}
 _OVERLAPS = ("update_overlap", "update_tensor_overlap", "update_last_tensor_overlap")
 
 
@@ -150,14 +158,11 @@ class RegimeRuns:
         return summaries
 
     def pairs(self) -> dict[str, dict[str, Any]]:
-        """Each arm with REINFORCE and with GRPO, and PROMA and Intra-PROMA with their controls."""
-        baselines = ("reinforce", "grpo")
-        against = dict.fromkeys(self.test, baselines)
-        against |= {"proma": (*CONTROLS, *baselines), "proma_intra": ("intra_matched", *baselines)}
+        """Each arm with its counterparts, with REINFORCE and with GRPO."""
         return {
             f"{arm} - {other}": compare(self.test[arm], self.test[other], self.regime)
             for arm in self.test
-            for other in against[arm]
+            for other in (*_COUNTERPARTS.get(arm, ()), *_BASELINES)
             if other != arm and set(self.test[arm]) & set(self.test.get(other, ()))
         }
 

@@ -69,7 +69,7 @@ def test_settings_that_another_regime_has_chosen():
 
 def test_the_plan_is_the_protocols():
     on_policy = [arm for block in PROTOCOL.blocks if block.regime == "on_policy" for arm in block.arms]
-    assert sorted(on_policy) == sorted(ARMS)
+    assert sorted([*on_policy, "proma_dppo", "intra_dppo"]) == sorted(ARMS)
     (pretrained,) = PRETRAINED.blocks
     assert len(make_all(PRETRAINED, lambda run: 1.0)) == len(pretrained.arms) * (3 * 1 + 6) == 36
     assert [block.regime for block in PROTOCOL.blocks] == [
@@ -77,6 +77,7 @@ def test_the_plan_is_the_protocols():
         "groups",
         "adamw",
         "on_policy",
+        "stale",
         "stale",
         "sgd",
         "on_policy",
