@@ -1,6 +1,7 @@
 """Settings that hold for every test: no network, no trackers, few threads, and a CPU suffices for each TRL."""
 
 import functools
+import gc
 import os
 from importlib.metadata import version
 
@@ -38,3 +39,9 @@ def torch_kernels(request, monkeypatch):
 
     for name, function in (("_forward_kernel", forward_kernel), ("_backward_kernel", backward_kernel)):
         monkeypatch.setattr(chunked_logprob, name, Launched(function, getattr(chunked_logprob, name)))
+
+
+def pytest_collection_finish():
+    """Every trainer collects garbage when it begins: without the hundreds of thousands of objects of what was imported."""
+    gc.collect()
+    gc.freeze()

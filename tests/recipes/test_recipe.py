@@ -39,7 +39,7 @@ CARD_NAMES = {
 @pytest.mark.parametrize("algorithm", CARD_NAMES)
 def test_run(tmp_path, settings, algorithm, capsys):
     arguments = ["--config", write_config(tmp_path, settings), "--algorithm", algorithm, "--eval_samples", "3"]
-    if algorithm in ("proma", "grpo"):
+    if algorithm == "proma":
         run = run_recipe(*arguments)
         assert run.returncode == 0, run.stderr
         printed = run.stdout

@@ -277,9 +277,16 @@ def test_errors_of_a_colocated_engine_are_left_alone(tmp_path):
         trainer.train()
 
 
+# By default, its cache and its attention mask take half of the machine's memory
+CONTINUOUS_BATCHING = {
+    "use_transformers_continuous_batching": True,
+    "transformers_continuous_batching_config": {"max_batch_tokens": 64, "num_blocks": 64},
+}
+
+
 def test_continuous_batching(tmp_path):
     """Transformers' own sampler with a paged cache."""
-    trainer = make_trainer(tmp_path, use_transformers_continuous_batching=True, max_steps=2)
+    trainer = make_trainer(tmp_path, max_steps=2, **CONTINUOUS_BATCHING)
     trainer.train()
     assert trainer.state.global_step == 2
     assert trainer.state.log_history[0]["projection/norm_ratio"] > 0
@@ -370,7 +377,7 @@ def test_an_engines_log_probabilities_of_sampled_tokens(tmp_path):
 
 def test_continuous_batching_gives_log_probabilities(tmp_path):
     settings = {"divergence": "binary_tv", "temperature": 0.7, "max_steps": 2}
-    trainer = make_trainer(tmp_path, use_transformers_continuous_batching=True, **settings)
+    trainer = make_trainer(tmp_path, **CONTINUOUS_BATCHING, **settings)
     trainer.train()
     record = trainer.state.log_history[0]
     assert record["dppo/divergence/max"] < 1e-4 and record["dppo/missing_fraction"] == 0
