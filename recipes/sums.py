@@ -73,7 +73,10 @@ def main(arguments: list[str]) -> None:
     """Parses the options, trains, and saves what the run leaves behind."""
     args, training_args, model_args = parse(SumsArguments, arguments, __doc__)
     tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, padding_side="left"
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        padding_side="left",
     )
     train_dataset, held_out = make_sums()
     if args.max_prompt_length is not None:

@@ -42,6 +42,6 @@ def torch_kernels(request, monkeypatch):
 
 
 def pytest_collection_finish():
-    """Every trainer collects garbage when it begins: without the hundreds of thousands of objects of what was imported."""
+    """Trainers collect garbage when they begin: they need not search the objects of what was imported."""
     gc.collect()
     gc.freeze()
