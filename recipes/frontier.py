@@ -38,6 +38,8 @@ from proma_trl.recipes.word_problems import write_task
 from proma_trl.tools.curves import METRICS, read_curves
 
 CONFIGS = Path(__file__).parent / "configs"
+# Beside runs, what they have in common
+SETTINGS = "settings.json"
 # What is kept of a run's log
 LOGGED = {
     **METRICS,
@@ -79,7 +81,8 @@ class FrontierArguments:
     known_runs: str | None = field(
         default=None,
         metadata={
-            "help": "A runs.jsonl.gz of an earlier comparison with the same settings, whose runs are not made again."
+            "help": "A runs.jsonl.gz of an earlier comparison with the same settings, whose runs are not made again. "
+            "A settings.json beside it is checked."
         },
     )
 
@@ -142,18 +145,21 @@ def _output_in(log: Path) -> Iterator[None]:
                 os.close(own)
 
 
-def check_settings(folder: Path, plan: Plan, options: Sequence[str]) -> None:
+def check_settings(folders: Sequence[Path], plan: Plan, options: Sequence[str]) -> dict:
     """
+    Returns the settings of the plan's runs.
+
     Raises:
-        ValueError: Where the folder holds runs with other settings.
+        ValueError: Where a folder holds runs with others.
     """
     configs = sorted({REGIMES[block.regime].config for block in plan.blocks})
     regimes = {Path(name).stem: yaml.safe_load((CONFIGS / name).read_text()) for name in configs}
     settings = {"options": list(options), **regimes}
-    path = folder / "settings.json"
-    if path.is_file() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"{folder} holds runs with other settings. Choose another output_dir, or remove that folder.")
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    for folder in folders:
+        path = folder / SETTINGS
+        if path.is_file() and json.loads(path.read_text()) != settings:
+            raise ValueError(f"{folder} holds runs with other settings. Choose another folder, or remove that one.")
+    return settings
 
 
 def execute_all(
@@ -215,8 +221,10 @@ def main(arguments: list[str]) -> None:
     else:
         plan, options = (QUICK, ["--max_steps", "16"]) if args.quick else (PROTOCOL, [])
         source = embedded_task(output / "task")
-    check_settings(output, plan, options)
-    records = {} if args.known_runs is None else read_runs(Path(args.known_runs))
+    known = None if args.known_runs is None else Path(args.known_runs)
+    settings = check_settings([output, *([known.parent] if known else [])], plan, options)
+    (output / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    records = read_runs(known) if known else {}
     if (output / "runs.jsonl").is_file():
         records |= read_runs(output / "runs.jsonl")
     execute_all(plan, records, output, args.jobs, [*source, *options], args.minutes)

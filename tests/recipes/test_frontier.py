@@ -1,5 +1,6 @@
 """The comparison on the embedded task: which runs it makes, that it makes them, and what it says of them."""
 
+import gzip
 import json
 import re
 import shutil
@@ -164,13 +165,25 @@ def test_whole_comparison(tiny, monkeypatch, capsys):
     assert "| `proma - reinforce` |" in text and "| `proma` |" in text
 
 
-def test_runs_of_other_settings_are_not_mixed(tmp_path):
-    frontier.check_settings(tmp_path, PROTOCOL, [])
-    frontier.check_settings(tmp_path, PROTOCOL, [])
-    with pytest.raises(ValueError, match="other settings"):
-        frontier.check_settings(tmp_path, PROTOCOL, ["--max_steps", "16"])
-    with pytest.raises(ValueError, match="other settings"):
-        frontier.check_settings(tmp_path, PRETRAINED, [])
+@pytest.mark.parametrize("held", ["output_dir", "known_runs"])
+def test_runs_of_other_settings_are_not_mixed(held, tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier, "execute_all", lambda *arguments: None)
+    monkeypatch.setattr(frontier, "write_report", lambda *arguments: "")
+    monkeypatch.setattr(frontier, "embedded_task", lambda folder: [])
+    (tmp_path / "known").mkdir()
+    runs = tmp_path / "known" / "runs.jsonl.gz"
+    runs.write_bytes(gzip.compress(b""))
+    folder = {"output_dir": tmp_path / "out", "known_runs": runs.parent}[held]
+    options = ["--output_dir", str(tmp_path / "out"), "--known_runs", str(runs)]
+    frontier.main(options)
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["options"] == [] and sorted(settings) == ["frontier_on_policy", "frontier_stale", "options"]
+    (folder / "settings.json").write_text(json.dumps(settings))
+    frontier.main(options)
+    settings["frontier_stale"]["max_steps"] += 1
+    (folder / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"{folder.name} holds runs with other settings"):
+        frontier.main(options)
 
 
 def test_the_quick_version_has_the_embedded_task():
