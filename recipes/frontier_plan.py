@@ -205,9 +205,9 @@ PROTOCOL = Plan(
         Block("groups", ("proma", "proma_intra"), tuned_in="on_policy"),
         Block("adamw", _MAIN, test_seeds=TUNING_SEEDS, tuned_in="on_policy"),
         Block("on_policy", ("intra_matched",)),
+        Block("sgd", _MAIN[:4], _SGD_RATES, test_seeds=TUNING_SEEDS, extends=False),
         Block("stale", _STALE),
         Block("stale", ("proma_dppo", "intra_dppo")),
-        Block("sgd", _MAIN[:4], _SGD_RATES, test_seeds=TUNING_SEEDS, extends=False),
         Block("on_policy", _REST),
     ]
 )

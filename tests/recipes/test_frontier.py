@@ -78,9 +78,9 @@ def test_the_plan_is_the_protocols():
         "groups",
         "adamw",
         "on_policy",
-        "stale",
-        "stale",
         "sgd",
+        "stale",
+        "stale",
         "on_policy",
     ]
     compared = [block for block in PROTOCOL.blocks if block.regime in ("on_policy", "stale")]
