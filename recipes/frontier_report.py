@@ -80,6 +80,16 @@ def equal_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(["Arm", "Runs that reach it", "Completions", "Local KL until then", "Entropy"], rows)
 
 
+def lengths_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """By how much the controls of step length have multiplied REINFORCE's parameter updates."""
+    rows = [
+        [f"`{arm}`", *_setting(found), _cell(found["length_ratio"])]
+        for arm, found in arms.items()
+        if "length_ratio" in found
+    ]
+    return _table(["Arm", "Rate", "Parameter", "Length of its updates, by REINFORCE's"], rows) if rows else ""
+
+
 def pairs_table(pairs: Mapping[str, Mapping[str, Any]]) -> str:
     """Paired differences."""
     rows = [
@@ -141,6 +151,9 @@ def text_of(summary: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
             continue
         parts += [f"## {title}", arms_table(regime["arms"], REGIMES[name].budgets)]
         parts += [f"### {title}: at an accuracy of {REGIMES[name].target:g}", equal_table(regime["arms"])]
+        lengths = lengths_table(regime["arms"])
+        if lengths:
+            parts += [f"### {title}: lengths of updates", lengths]
         if regime["pairs"]:
             parts += [f"### {title}: paired differences", pairs_table(regime["pairs"])]
         if name == "on_policy":

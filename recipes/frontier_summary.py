@@ -47,7 +47,7 @@ def accuracy_at_the_end(run: Curves) -> float:
 
 
 def endpoints(run: Curves, regime: Regime) -> dict[str, float | None]:
-    """What the protocol asks of a run; `None` where it never evaluates at the target."""
+    """What the protocol asks of a run; `None` for what it lacks: it may never evaluate at the target."""
     reached = step_reaching(run, regime.target)
     found = {"score": score(run, regime)}
     found |= {f"within_{budget:g}": accuracy_within(run, budget) for budget in regime.budgets}
@@ -55,12 +55,14 @@ def endpoints(run: Curves, regime: Regime) -> dict[str, float | None]:
     found["completions_to_target"] = None if reached is None else regime.completions_a_step * reached
     found["local_kl_to_target"] = None if not reached else mean_until(run, "local_kl", reached)
     window = round(2 / regime.rollouts * max(run["eval_accuracy"]))
+    lengths = run.get("length_ratio")
+    found["length_ratio"] = statistics.fmean(lengths.values()) if lengths else None
     found["entropy_at_target"] = None if not reached else mean_since(run, "entropy", reached, window)
     return found
 
 
 def summarize_arm(runs: Sequence[Curves], regime: Regime) -> dict[str, Any]:
-    """Means and intervals of the endpoints over seeds; those at the target over the runs that reach it."""
+    """Means and intervals of the endpoints over seeds: of each, over the runs that have it."""
     found = [endpoints(run, regime) for run in runs]
     summary = {"seeds": len(runs), "reached_target": sum(e["completions_to_target"] is not None for e in found)}
     for name in found[0]:

@@ -110,7 +110,7 @@ def test_whole_report(tmp_path):
     }
     assert names | {"frontier_groups.png", "tuning_sgd.png", "summary.json"} <= {p.name for p in tmp_path.iterdir()}
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert [*summary] == ["on_policy", "groups", "adamw", "stale", "sgd"]
+    assert [*summary] == ["on_policy", "groups", "adamw", "sgd", "stale"]
     assert summary["adamw"]["overlaps"]["proma"]["update_overlap"] == pytest.approx(0.2)
     assert summary["adamw"]["overlaps"]["proma"]["runs"] == 2
 
@@ -152,3 +152,19 @@ def test_the_pretrained_model_is_scored_by_its_own_budgets_and_problems():
     # Accuracy 0.2 + step / 40 at a divergence of step / 100, and 0.9 from step 28 on
     assert proma["within_0.2"][0] == pytest.approx(0.7) and proma["within_0.4"][0] == pytest.approx(0.9)
     assert "Within 0.4" in frontier_report.text_of({"pretrained": summary}, 6)
+
+
+def test_lengths_of_updates():
+    """Of the controls that have them alone."""
+    plan = Plan([Block("on_policy", ["reinforce", "reinforce_matched"], extends=False)])
+    records = made_up(plan)
+    for run, record in records.items():
+        if run.arm == "reinforce_matched":
+            record["curves"]["length_ratio"] = {1: 0.5, 2: 0.7}
+    text = frontier_report.text_of(summarize(read_regimes(plan, records)), 10)
+    _, _, table = text.partition("lengths of updates\n\n")
+    assert table.splitlines()[2:4] == [
+        "| `reinforce_matched` | 3.2e-05 | projection_bound 0.5 | 0.600 [0.600, 0.600] |",
+        "",
+    ]
+    assert "lengths" not in frontier_report.text_of(summarize(read_regimes(plan, made_up(plan))), 10)
