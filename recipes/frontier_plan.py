@@ -77,6 +77,7 @@ REGIMES = {
     "groups": Regime("frontier_on_policy.yaml", 128, "--whole_groups true"),
     "adamw": Regime("frontier_on_policy.yaml", 128, "--overlap_every 8"),
     "sgd": Regime("frontier_on_policy.yaml", 128, "--overlap_every 8 --optim sgd"),
+    "sgd_test": Regime("frontier_on_policy.yaml", 128, "--optim sgd"),
     "pretrained": Regime("sums_smollm2_cpu.yaml", 32, "", "sums", 15, (0.2, 0.4, 0.8)),
 }
 
@@ -195,7 +196,7 @@ class Plan:
         return None if isinstance(point, list) else point
 
 
-_SGD_RATES = (-4, -2, 0, 2)  # 0.1 to 3.2
+_SGD_RATES = (-8, -6, -4, -2)  # 0.01 to 0.32
 _MAIN = ("proma", "reinforce", "reinforce_matched", "proma_random", "proma_intra", "grpo")
 _STALE = ("proma", "reinforce", "reinforce_matched", "proma_intra", "grpo", "dppo")
 _REST = ("dppo", "isopo", "grpo_kl", "proma_both")
@@ -205,7 +206,8 @@ PROTOCOL = Plan(
         Block("groups", ("proma", "proma_intra"), tuned_in="on_policy"),
         Block("adamw", _MAIN, test_seeds=TUNING_SEEDS, tuned_in="on_policy"),
         Block("on_policy", ("intra_matched",)),
-        Block("sgd", _MAIN[:4], _SGD_RATES, test_seeds=TUNING_SEEDS, extends=False),
+        Block("sgd", _MAIN[:4], _SGD_RATES, test_seeds=TUNING_SEEDS),
+        Block("sgd_test", _MAIN[:4], tuned_in="sgd"),
         Block("stale", _STALE),
         Block("stale", ("proma_dppo", "intra_dppo")),
         Block("on_policy", _REST),

@@ -25,6 +25,7 @@ _REGIMES = {
     "groups": "Microbatches of whole groups",
     "adamw": "What AdamW leaves of the projection",
     "sgd": "What SGD leaves of the projection",
+    "sgd_test": "Nearly on-policy, with SGD",
     "pretrained": "A pretrained model",
 }
 # Of the budgets that the figures show, between none and twice the largest

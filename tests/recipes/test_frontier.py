@@ -79,6 +79,7 @@ def test_the_plan_is_the_protocols():
         "adamw",
         "on_policy",
         "sgd",
+        "sgd_test",
         "stale",
         "stale",
         "on_policy",

@@ -110,7 +110,7 @@ def test_whole_report(tmp_path):
     }
     assert names | {"frontier_groups.png", "tuning_sgd.png", "summary.json"} <= {p.name for p in tmp_path.iterdir()}
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert [*summary] == ["on_policy", "groups", "adamw", "sgd", "stale"]
+    assert [*summary] == ["on_policy", "groups", "adamw", "sgd", "sgd_test", "stale"]
     assert summary["adamw"]["overlaps"]["proma"]["update_overlap"] == pytest.approx(0.2)
     assert summary["adamw"]["overlaps"]["proma"]["runs"] == 2
 
