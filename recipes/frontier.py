@@ -215,18 +215,19 @@ def main(arguments: list[str]) -> None:
     (args,) = parser.parse_args_and_config(arguments)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    if args.pretrained is not None:
-        plan, options = PRETRAINED, []
-        source = ["--model_name_or_path", args.pretrained]
-    else:
-        plan, options = (QUICK, ["--max_steps", "16"]) if args.quick else (PROTOCOL, [])
-        source = embedded_task(output / "task")
+    plan = PRETRAINED if args.pretrained is not None else QUICK if args.quick else PROTOCOL
+    options = ["--max_steps", "16"] if args.quick else []
     known = None if args.known_runs is None else Path(args.known_runs)
     settings = check_settings([output, *([known.parent] if known else [])], plan, options)
-    (output / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     records = read_runs(known) if known else {}
     if (output / "runs.jsonl").is_file():
         records |= read_runs(output / "runs.jsonl")
+    (output / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    # After what can be refused: the task takes minutes to make
+    if args.pretrained is not None:
+        source = ["--model_name_or_path", args.pretrained]
+    else:
+        source = embedded_task(output / "task")
     execute_all(plan, records, output, args.jobs, [*source, *options], args.minutes)
     print(write_report(plan, records, output))
 
