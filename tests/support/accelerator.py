@@ -1,6 +1,6 @@
 """A CPU that passes for a GPU: tests run the branches for accelerators on it, with stand-ins for what it lacks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -12,31 +12,33 @@ from proma_trl import devices
 
 aten = torch.ops.aten
 
-# With float32 sums of products of half precision, which no CPU has
-_WIDE = {
-    aten.mm.dtype: aten.mm.default,
-    aten.bmm.dtype: aten.bmm.default,
-    aten.addmm.dtype: aten.addmm.default,
-    aten.baddbmm.dtype: aten.baddbmm.default,
-}
-_WIDE_OUT = {op.overloadpacket.dtype_out: default for op, default in _WIDE.items()}
+# What no CPU has: products of two factors in half precision, with float32 sums
+_PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
 
 
-class WideProducts(TorchDispatchMode):
-    """Products with `out_dtype`, from factors that are cast to it first: the same up to the order of summation."""
+def _wide(product: Callable) -> Callable:
+    """`product` with `out_dtype`, from tensors that are cast to it first: the same up to the order of summation."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func in _WIDE or func in _WIDE_OUT:
-            *tensors, dtype = args
-            factors = tensors[-2:]
-            if not factors[0].dtype == factors[1].dtype in (torch.bfloat16, torch.float16) or dtype != torch.float32:
-                raise TypeError(f"`out_dtype={dtype}` is for two factors in half precision, got {factors[0].dtype}.")
-            wide = [x.to(dtype) for x in tensors]
-            out = kwargs.pop("out", None)
-            product = (_WIDE | _WIDE_OUT)[func](*wide, **kwargs)
-            return product if out is None else out.copy_(product)
-        return func(*args, **kwargs)
+    def multiply(*args, out=None, **kwargs):
+        *tensors, dtype = args
+        factors = tensors[-2:]
+        if not factors[0].dtype == factors[1].dtype in (torch.bfloat16, torch.float16) or dtype != torch.float32:
+            raise TypeError(f"`out_dtype={dtype}` is for two factors in half precision, got {factors[0].dtype}.")
+        found = product(*(x.to(dtype) for x in tensors), **kwargs)
+        return found if out is None else out.copy_(found)
+
+    return multiply
+
+
+@contextmanager
+def wide_products() -> Iterator[None]:
+    """Within the context, the CPU has the products with `out_dtype`."""
+    # Kernels, not a mode of dispatch, which would slow every operation down
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for product in _PRODUCTS:
+            for overload in (product.dtype, product.dtype_out):
+                library.impl(overload.name(), _wide(product.default), "CPU")
+        yield
 
 
 class Waits(RuntimeError):
@@ -89,7 +91,7 @@ class NoCopies(TorchFunctionMode):
 @contextmanager
 def accelerating() -> Iterator[None]:
     """Within the context, the CPU passes for a GPU of 16 GiB."""
-    with pytest.MonkeyPatch.context() as patch, WideProducts():
+    with pytest.MonkeyPatch.context() as patch, wide_products():
         patch.setattr(devices, "ACCELERATORS", {"cuda", "cpu"})
         patch.setattr(devices, "total_memory", lambda device: 2**34)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
