@@ -231,19 +231,28 @@ def check(trainer, microbatches, tolerance=1e-5):
     """The gradient for the optimizer is the definition's, and the reported loss is REINFORCE's."""
     found, losses = trainer_gradients(trainer, microbatches)
     model, objectives = definition(trainer, microbatches)
+    values = [[] for _ in microbatches]
+
+    def recorded(objective, own):
+        def value(model):
+            loss = objective(model)
+            own.append(loss.item())
+            return loss
+
+        return value
+
     args = trainer.args
     want = oracle.accumulate(
         model,
-        objectives,
+        [([recorded(f, own) for f in of_batch], a) for (of_batch, a), own in zip(objectives, values, strict=True)],
         method=args.projection,
         sweeps=args.projection_sweeps,
         bound=args.projection_bound,
         strength=args.projection_strength,
     )
     oracle.assert_close(found, want, tolerance)
-    model = model.double()
-    for loss, (functions, advantages) in zip(losses, objectives, strict=True):
-        value = sum(a * f(model).item() for a, f in zip(advantages.tolist(), functions, strict=True))
+    for loss, (_, advantages), own in zip(losses, objectives, values, strict=True):
+        value = sum(a * x for a, x in zip(advantages.tolist(), own, strict=True))
         assert loss == pytest.approx(value, rel=1e-4, abs=1e-6)
 
 

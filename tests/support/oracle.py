@@ -13,8 +13,8 @@ def remove(acc, sequences, policy, *, method="iterative", sweeps=2, bound=0.5, s
     """`acc - strength * bound(P(acc))` for flat vectors: `acc` (n,), `sequences` list of (n,), `policy` (n,)."""
     if method == "none":
         return acc
-    longest = max(s.norm() for s in sequences)
-    units = [s / s.norm() for s in sequences if s.norm() > NOISE * longest]
+    lengths = [s.norm() for s in sequences]
+    units = [s / length for s, length in zip(sequences, lengths, strict=True) if length > NOISE * max(lengths)]
     if method == "exact":
         basis = []
         for u in units:  # Gram-Schmidt, twice for accuracy
