@@ -53,7 +53,10 @@ def accumulate(
     gradients and the advantages. `directions` holds, for each microbatch, objectives whose gradients are projected
     off in the place of its own.
     """
-    model = model if as_it_is else copy.deepcopy(model).double()
+    if not as_it_is:
+        model = copy.deepcopy(model).double()
+        if getattr(model, "is_gradient_checkpointing", False):
+            model.gradient_checkpointing_disable()  # tests are to show that it changes nothing
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def gradients(objectives: list[Callable]) -> list[list[torch.Tensor]]:

@@ -1,7 +1,6 @@
 """Runs of recipes/gsm8k.py on tiny policies and a handful of problems."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +64,6 @@ def run_recipe(*arguments, launcher=("--cpu", "--num_processes", "1")):
     return subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(RECIPE), *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,
         timeout=300,

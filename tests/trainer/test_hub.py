@@ -43,7 +43,6 @@ def pushed(tmp_path_factory):
             "HF_HUB_OFFLINE": "0",
             # Large files then travel over HTTP alone.
             "HF_HUB_DISABLE_XET": "1",
-            "OMP_NUM_THREADS": "2",
         }
         run = subprocess.run(
             [sys.executable, str(ROOT / "tests" / "support" / "hub_user.py"), str(folder)],
