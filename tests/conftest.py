@@ -1,6 +1,5 @@
 """Settings that hold for every test: no network, no trackers, few threads, and a CPU suffices for each TRL."""
 
-import functools
 import gc
 import os
 from importlib.metadata import version
@@ -13,12 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: one thread for each, and for the programs that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import accelerate.utils.imports
 import pytest
+import support  # noqa: F401 - before any test asks Accelerate for a package
 import torch
-
-# Accelerate reads metadata from disk whenever it asks for a package, several times a microbatch
-accelerate.utils.imports._is_package_available = functools.cache(accelerate.utils.imports._is_package_available)
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 

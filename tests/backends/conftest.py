@@ -2,6 +2,7 @@
 
 import pytest
 from support.launches import (
+    ALONGSIDE,
     BACKENDS,
     CASES,
     accelerate_config,
@@ -18,7 +19,7 @@ def results(tmp_path_factory):
         if backend not in done:
             name, options = BACKENDS[backend]
             folder = tmp_path_factory.mktemp(backend)
-            cases = {name: {**case, **options} for name, case in CASES.items()}
+            cases = {name: {**case, **options} for name, case in (CASES | ALONGSIDE.get(backend, {})).items()}
             done[backend] = run_cases(folder, accelerate_config(name, folder), cases)
         return done[backend]
 

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 from support.launches import (
     BACKENDS,
+    BFLOAT16,
     CASES,
+    RESUMED,
     STEP,
     accelerate_config,
     assert_the_definitions,
@@ -91,28 +93,18 @@ def flat(grads):
 
 
 @pytest.mark.parametrize("backend", marked(["zero2", "zero3"]))
-def test_a_bfloat16_accumulator_is_nearly_exact(backend, tmp_path):
-    case = {"model": "llama-untied", "args": {**STEP, "projection_accumulator_dtype": "bfloat16"}}
-    folder = run_cases(tmp_path, accelerate_config(backend, tmp_path), {"case": case})["case"]
-    assert_the_definitions(case, folder, tolerance=5e-3)
+def test_a_bfloat16_accumulator_is_nearly_exact(backend, results):
+    folder = results(backend)["bfloat16-accumulator"]
+    assert_the_definitions(BFLOAT16, folder, tolerance=5e-3)
     with pytest.raises(AssertionError, match="relative error"):
-        assert_the_definitions(case, folder, tolerance=1e-5)
+        assert_the_definitions(BFLOAT16, folder, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("backend", marked(["ddp", "zero2", "zero3"]))
-def test_resuming_ends_with_the_same_weights(backend, tmp_path):
+def test_resuming_ends_with_the_same_weights(backend, results):
     """Also where the checkpoint falls between two optimizer steps on one generation."""
-    args = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "steps_per_generation": 6, "seed": 3}
-    args |= {"model_init_kwargs": {"dtype": "float32"}, "per_device_train_batch_size": 2}
-    kinds = {"full": {"args": args}, "lora": {"args": args, "lora": True}, "intra": {"args": {**args, "intra_dim": 3}}}
-    kinds["dppo"] = {"args": {**args, "divergence": "topk_tv", "divergence_threshold": 1e-3}}
-    cases = {}
-    for kind, case in kinds.items():
-        cases[f"whole-{kind}"] = {"model": "qwen3-tied", **case}
-        checkpoint = tmp_path / f"whole-{kind}" / "run" / "checkpoint-1"
-        cases[f"resumed-{kind}"] = {**cases[f"whole-{kind}"], "resume": str(checkpoint)}
-    folders = run_cases(tmp_path, accelerate_config(BACKENDS[backend][0], tmp_path), cases)
-    for kind in kinds:
+    folders = results(backend)
+    for kind in RESUMED:
         name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
         whole, resumed = (load_file(folders[f"{run}-{kind}"] / "trained" / name) for run in ("whole", "resumed"))
         for key, value in whole.items():

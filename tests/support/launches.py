@@ -44,7 +44,8 @@ def launch(config, *command, timeout=300):
     return subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *map(str, command)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # DeepSpeed compiles an optimizer that nobody here uses, and the compiler takes seconds to import
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -285,6 +286,19 @@ CASES |= {
         ("lfm2", False, "", {"gradient_checkpointing": True}),
     )
 }
+# A run of three steps, and the same from the checkpoint of its first step: in the launches of some backends
+RESUMING = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "steps_per_generation": 6, "seed": 3}
+RESUMING |= {"model_init_kwargs": {"dtype": "float32"}, "per_device_train_batch_size": 2}
+RESUMED = {
+    "full": {"args": RESUMING},
+    "lora": {"args": RESUMING, "lora": True},
+    "intra": {"args": {**RESUMING, "intra_dim": 3}},
+    "dppo": {"args": {**RESUMING, "divergence": "topk_tv", "divergence_threshold": 1e-3}},
+}
+RUNS = {f"whole-{kind}": {"model": "qwen3-tied", **case} for kind, case in RESUMED.items()}
+RUNS |= {f"resumed-{kind}": {**RUNS[f"whole-{kind}"], "resume": f"whole-{kind}/run/checkpoint-1"} for kind in RESUMED}
+BFLOAT16 = {"model": "llama-untied", "args": {**STEP, "projection_accumulator_dtype": "bfloat16"}}
+ALONGSIDE = {"ddp": RUNS} | dict.fromkeys(("zero2", "zero3"), RUNS | {"bfloat16-accumulator": BFLOAT16})
 BACKENDS = {
     "ddp": ("multi_gpu", {}),
     "zero1": ("zero1", {}),

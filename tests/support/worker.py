@@ -4,7 +4,8 @@ What each rank runs: trains tiny policies for a step, case by case, and leaves b
     accelerate launch --config_file ... worker.py cases.json output_dir
 
 A case is `{"name": ..., "model": folder, "args": {...}}`, and optionally `"lora": true`, `"fsdp": true`, `"resume"`
-with a checkpoint, `"prompts"` with their number, and `"dies_at"` with the step that rank 1 does not survive.
+with a checkpoint, whose path may be relative to the output directory, `"prompts"` with their number, and `"dies_at"`
+with the step that rank 1 does not survive.
 
 Rank r leaves `<name>/inputs_<r>.pt`, the microbatches that its loss was given, in order; all together leave the
 trained policy, `<name>/trained`; and rank 0 the adapter as it was before training, `<name>/adapter.pt`.
@@ -77,7 +78,7 @@ def run(case: dict, output_dir: Path) -> None:
     if case.get("lora") and trainer.accelerator.is_main_process:
         adapter = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
         torch.save(adapter, folder / "adapter.pt")
-    trainer.train(resume_from_checkpoint=case.get("resume"))
+    trainer.train(resume_from_checkpoint=str(output_dir / case["resume"]) if "resume" in case else None)
     torch.save(trainer.microbatches, folder / f"inputs_{trainer.accelerator.process_index}.pt")
     trainer.save_model(str(folder / "trained"))
     trainer.accelerator.wait_for_everyone()
@@ -89,10 +90,12 @@ def run(case: dict, output_dir: Path) -> None:
 def main(cases_file: str, output_dir: str) -> None:
     """Trains every case in turn."""
     torch.set_num_threads(1)
-    gc.freeze()  # trainers collect garbage when they begin: they need not search the objects of what was imported
     for case in json.loads(Path(cases_file).read_text()):
+        # Trainers collect garbage when they begin: they need not search what was imported, by the case before as well
+        gc.freeze()
         run(case, Path(output_dir))
     # Gloo's threads end with the last reference to a group, and need a living interpreter to let go of its tensors
+    gc.unfreeze()
     gc.collect()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
