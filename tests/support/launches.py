@@ -44,8 +44,7 @@ def launch(config, *command, timeout=300):
     return subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *map(str, command)],
         cwd=ROOT,
-        # DeepSpeed compiles an optimizer that nobody here uses, and the compiler takes seconds to import
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=timeout,
