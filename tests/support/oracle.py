@@ -14,7 +14,8 @@ def remove(acc, sequences, policy, *, method="iterative", sweeps=2, bound=0.5, s
     if method == "none":
         return acc
     lengths = [s.norm() for s in sequences]
-    units = [s / length for s, length in zip(sequences, lengths, strict=True) if length > NOISE * max(lengths)]
+    longest = max(lengths)
+    units = [s / length for s, length in zip(sequences, lengths, strict=True) if length > NOISE * longest]
     if method == "exact":
         basis = []
         for u in units:  # Gram-Schmidt, twice for accuracy

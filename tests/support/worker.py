@@ -90,12 +90,10 @@ def run(case: dict, output_dir: Path) -> None:
 def main(cases_file: str, output_dir: str) -> None:
     """Trains every case in turn."""
     torch.set_num_threads(1)
+    gc.freeze()  # trainers collect garbage when they begin: they need not search the objects of what was imported
     for case in json.loads(Path(cases_file).read_text()):
-        # Trainers collect garbage when they begin: they need not search what was imported, by the case before as well
-        gc.freeze()
         run(case, Path(output_dir))
     # Gloo's threads end with the last reference to a group, and need a living interpreter to let go of its tensors
-    gc.unfreeze()
     gc.collect()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
