@@ -3,13 +3,15 @@
 import gc
 import os
 from importlib.metadata import version
+from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# DeepSpeed compiles an optimizer that no test uses, and the compiler takes seconds to import
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+if find_spec("vllm") is None:
+    # vLLM needs the compiler. Elsewhere DeepSpeed alone imports it, in seconds, for an optimizer that no test uses
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: one thread for each, and for the programs that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
