@@ -198,7 +198,6 @@ class Plan:
 
 _SGD_RATES = (-8, -6, -4, -2)  # 0.01 to 0.32
 _MAIN = ("proma", "reinforce", "reinforce_matched", "proma_random", "proma_intra", "grpo")
-_STALE = ("proma", "reinforce", "reinforce_matched", "grpo")
 _REST = ("dppo", "isopo", "grpo_kl", "proma_both")
 PROTOCOL = Plan(
     [
@@ -208,7 +207,7 @@ PROTOCOL = Plan(
         Block("on_policy", ("intra_matched",)),
         Block("sgd", _MAIN[:4], _SGD_RATES, test_seeds=TUNING_SEEDS),
         Block("sgd_test", _MAIN[:4], tuned_in="sgd"),
-        Block("stale", _STALE),
+        Block("stale", ("proma", "reinforce", "reinforce_matched", "grpo")),
         Block("stale", ("proma_intra",)),
         Block("stale", ("dppo", "proma_dppo", "intra_dppo")),
         Block("on_policy", _REST),
