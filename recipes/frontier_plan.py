@@ -209,7 +209,8 @@ PROTOCOL = Plan(
         Block("sgd_test", _MAIN[:4], tuned_in="sgd"),
         Block("stale", ("proma", "reinforce", "reinforce_matched", "grpo")),
         Block("stale", ("proma_intra",)),
-        Block("stale", ("dppo", "proma_dppo", "intra_dppo")),
+        Block("stale", ("dppo", "intra_dppo")),
+        Block("stale", ("proma_dppo",)),
         Block("on_policy", _REST),
     ]
 )
