@@ -23,7 +23,7 @@ _BASELINES = ("reinforce", "grpo")
 # What an arm is compared with beside the baselines
 _COUNTERPARTS = {
     "proma": CONTROLS,
-    "proma_intra": ("intra_matched",),
+    "proma_intra": ("intra_matched", "proma"),
     "proma_dppo": ("dppo", "proma"),
     "intra_dppo": ("dppo", "proma_intra"),
 }
