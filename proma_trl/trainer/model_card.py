@@ -40,8 +40,9 @@ EVIDENCE = {
     "PROMA": f"{_COMPARISON}, accumulation-based PROMA did no better than its projection along the directions of "
     "random other sequences, or than REINFORCE with parameter updates as long as PROMA's. GRPO with tuned clipping "
     "was ahead of it, also where rollouts were stale.",
-    "Intra-PROMA": f"{_COMPARISON}, Intra-PROMA was ahead of REINFORCE, also of one with parameter updates as long as "
-    "Intra-PROMA's, and level with GRPO with tuned clipping.",
+    "Intra-PROMA": f"{_COMPARISON}, Intra-PROMA was ahead of REINFORCE and level with GRPO with tuned clipping, "
+    "also where rollouts were stale. Where they were not, it was ahead of REINFORCE with parameter updates as long as "
+    "its own, too.",
 }
 
 _SETTINGS = (
