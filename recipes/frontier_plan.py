@@ -211,6 +211,7 @@ PROTOCOL = Plan(
         Block("stale", ("proma_intra",)),
         Block("stale", ("dppo", "intra_dppo")),
         Block("stale", ("proma_dppo",)),
+        Block("stale", ("intra_matched",)),
         Block("on_policy", _REST),
     ]
 )

@@ -84,6 +84,7 @@ def test_the_plan_is_the_protocols():
         "stale",
         "stale",
         "stale",
+        "stale",
         "on_policy",
     ]
     compared = [block for block in PROTOCOL.blocks if block.regime in ("on_policy", "stale")]
