@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from proma_trl.recipes.frontier_plan import CONTROLS, PRETRAINED, PROTOCOL, QUICK, REGIMES, Plan, Run, read_runs
-from proma_trl.recipes.frontier_summary import Records, RegimeRuns, read_regimes, score, summarize
+from proma_trl.recipes.frontier_summary import OWN_CURVES, Records, RegimeRuns, read_regimes, score, summarize
 from proma_trl.tools.figures import draw_frontiers, draw_tuning
 from proma_trl.tools.frontiers import accuracy_within, paired_interval
 
@@ -27,6 +27,11 @@ _REGIMES = {
     "sgd": "What SGD leaves of the projection",
     "sgd_test": "Nearly on-policy, with SGD",
     "pretrained": "A pretrained model",
+}
+# Of each, the table's title, its column and the format of its numbers
+_OWN_TABLES = {
+    "length_ratio": ("lengths of updates", "Length of its updates, by REINFORCE's", ".3f"),
+    "masked": ("trust regions", "Fraction of tokens that it masks", ".1e"),
 }
 # Of the budgets that the figures show, between none and twice the largest
 _POINTS = 41
@@ -81,14 +86,11 @@ def equal_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(["Arm", "Runs that reach it", "Completions", "Local KL until then", "Entropy"], rows)
 
 
-def lengths_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
-    """By how much the controls of step length have multiplied REINFORCE's parameter updates."""
-    rows = [
-        [f"`{arm}`", *_setting(found), _cell(found["length_ratio"])]
-        for arm, found in arms.items()
-        if "length_ratio" in found
-    ]
-    return _table(["Arm", "Rate", "Parameter", "Length of its updates, by REINFORCE's"], rows) if rows else ""
+def own_table(arms: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """One of `OWN_CURVES`, of the arms that have it."""
+    _, column, digits = _OWN_TABLES[name]
+    rows = [[f"`{arm}`", *_setting(found), _cell(found[name], digits)] for arm, found in arms.items() if name in found]
+    return _table(["Arm", "Rate", "Parameter", column], rows) if rows else ""
 
 
 def pairs_table(pairs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -152,9 +154,10 @@ def text_of(summary: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
             continue
         parts += [f"## {title}", arms_table(regime["arms"], REGIMES[name].budgets)]
         parts += [f"### {title}: at an accuracy of {REGIMES[name].target:g}", equal_table(regime["arms"])]
-        lengths = lengths_table(regime["arms"])
-        if lengths:
-            parts += [f"### {title}: lengths of updates", lengths]
+        for own in OWN_CURVES:
+            table = own_table(regime["arms"], own)
+            if table:
+                parts += [f"### {title}: {_OWN_TABLES[own][0]}", table]
         if regime["pairs"]:
             parts += [f"### {title}: paired differences", pairs_table(regime["pairs"])]
         if name == "on_policy":

@@ -27,6 +27,8 @@ _COUNTERPARTS = {
     "proma_dppo": ("dppo", "proma"),
     "intra_dppo": ("dppo", "proma_intra"),
 }
+# What only arms of one kind log: the controls of step length, and trust regions
+OWN_CURVES = ("length_ratio", "masked")
 _OVERLAPS = ("update_overlap", "update_tensor_overlap", "update_last_tensor_overlap")
 
 
@@ -55,8 +57,8 @@ def endpoints(run: Curves, regime: Regime) -> dict[str, float | None]:
     found["completions_to_target"] = None if reached is None else regime.completions_a_step * reached
     found["local_kl_to_target"] = None if not reached else mean_until(run, "local_kl", reached)
     window = round(2 / regime.rollouts * max(run["eval_accuracy"]))
-    lengths = run.get("length_ratio")
-    found["length_ratio"] = statistics.fmean(lengths.values()) if lengths else None
+    for name in OWN_CURVES:
+        found[name] = statistics.fmean(run[name].values()) if run.get(name) else None
     found["entropy_at_target"] = None if not reached else mean_since(run, "entropy", reached, window)
     return found
 

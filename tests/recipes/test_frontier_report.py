@@ -154,17 +154,20 @@ def test_the_pretrained_model_is_scored_by_its_own_budgets_and_problems():
     assert "Within 0.4" in frontier_report.text_of({"pretrained": summary}, 6)
 
 
-def test_lengths_of_updates():
-    """Of the controls that have them alone."""
-    plan = Plan([Block("on_policy", ["reinforce", "reinforce_matched"], extends=False)])
+@pytest.mark.parametrize(
+    ("arm", "curve", "title", "row"),
+    [
+        ("reinforce_matched", "length_ratio", "lengths of updates", "projection_bound 0.5 | 0.600 [0.600, 0.600] |"),
+        ("dppo", "masked", "trust regions", "divergence_threshold 0.15 | 6.0e-01 [6.0e-01, 6.0e-01] |"),
+    ],
+)
+def test_what_some_arms_alone_have(arm, curve, title, row):
+    plan = Plan([Block("on_policy", ["reinforce", arm], extends=False)])
     records = made_up(plan)
     for run, record in records.items():
-        if run.arm == "reinforce_matched":
-            record["curves"]["length_ratio"] = {1: 0.5, 2: 0.7}
+        if run.arm == arm:
+            record["curves"][curve] = {1: 0.5, 2: 0.7}
     text = frontier_report.text_of(summarize(read_regimes(plan, records)), 10)
-    _, _, table = text.partition("lengths of updates\n\n")
-    assert table.splitlines()[2:4] == [
-        "| `reinforce_matched` | 3.2e-05 | projection_bound 0.5 | 0.600 [0.600, 0.600] |",
-        "",
-    ]
-    assert "lengths" not in frontier_report.text_of(summarize(read_regimes(plan, made_up(plan))), 10)
+    _, _, table = text.partition(f"{title}\n\n")
+    assert table.splitlines()[2:4] == [f"| `{arm}` | 3.2e-05 | {row}", ""]
+    assert title not in frontier_report.text_of(summarize(read_regimes(plan, made_up(plan))), 10)
