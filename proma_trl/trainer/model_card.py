@@ -44,7 +44,7 @@ EVIDENCE = {
     "also where rollouts were stale. Where they were not, it was ahead of REINFORCE with parameter updates as long as "
     "its own, too.",
     "DPPO": f"{_COMPARISON}, DPPO did no better than REINFORCE where rollouts were stale, and GRPO with tuned "
-    "clipping was ahead of it. Under Intra-PROMA its trust region made no difference.",
+    "clipping was ahead of it. Under PROMA and Intra-PROMA its trust region made no difference.",
 }
 
 _SETTINGS = (
