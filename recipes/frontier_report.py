@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from proma_trl.recipes.frontier_plan import CONTROLS, PRETRAINED, PROTOCOL, QUICK, REGIMES, Plan, Run, read_runs
-from proma_trl.recipes.frontier_summary import OWN_CURVES, Records, RegimeRuns, read_regimes, score, summarize
+from proma_trl.recipes.frontier_summary import Records, RegimeRuns, read_regimes, score, summarize
 from proma_trl.tools.figures import draw_frontiers, draw_tuning
 from proma_trl.tools.frontiers import accuracy_within, paired_interval
 
@@ -28,7 +28,7 @@ _REGIMES = {
     "sgd_test": "Nearly on-policy, with SGD",
     "pretrained": "A pretrained model",
 }
-# Of each, the table's title, its column and the format of its numbers
+# Of each of OWN_CURVES, the table's title, its column and the format of its numbers
 _OWN_TABLES = {
     "length_ratio": ("lengths of updates", "Length of its updates, by REINFORCE's", ".3f"),
     "masked": ("trust regions", "Fraction of tokens that it masks", ".1e"),
@@ -86,9 +86,8 @@ def equal_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(["Arm", "Runs that reach it", "Completions", "Local KL until then", "Entropy"], rows)
 
 
-def own_table(arms: Mapping[str, Mapping[str, Any]], name: str) -> str:
-    """One of `OWN_CURVES`, of the arms that have it."""
-    _, column, digits = _OWN_TABLES[name]
+def own_table(arms: Mapping[str, Mapping[str, Any]], name: str, column: str, digits: str) -> str:
+    """An endpoint that some arms have, of these."""
     rows = [[f"`{arm}`", *_setting(found), _cell(found[name], digits)] for arm, found in arms.items() if name in found]
     return _table(["Arm", "Rate", "Parameter", column], rows) if rows else ""
 
@@ -154,10 +153,10 @@ def text_of(summary: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
             continue
         parts += [f"## {title}", arms_table(regime["arms"], REGIMES[name].budgets)]
         parts += [f"### {title}: at an accuracy of {REGIMES[name].target:g}", equal_table(regime["arms"])]
-        for own in OWN_CURVES:
-            table = own_table(regime["arms"], own)
+        for own, (heading, column, digits) in _OWN_TABLES.items():
+            table = own_table(regime["arms"], own, column, digits)
             if table:
-                parts += [f"### {title}: {_OWN_TABLES[own][0]}", table]
+                parts += [f"### {title}: {heading}", table]
         if regime["pairs"]:
             parts += [f"### {title}: paired differences", pairs_table(regime["pairs"])]
         if name == "on_policy":
