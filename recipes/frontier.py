@@ -14,6 +14,7 @@ recipes/frontier_report.py in the output folder, of the runs that are complete.
 
 import contextlib
 import gc
+import hashlib
 import importlib
 import json
 import math
@@ -23,12 +24,13 @@ import shutil
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
+from safetensors.numpy import load_file
 from trl import TrlParser
 
 from proma_trl.recipes.frontier_plan import PRETRAINED, PROTOCOL, QUICK, REGIMES, Plan, Run, read_run, read_runs
@@ -40,6 +42,8 @@ from proma_trl.tools.curves import METRICS, read_curves
 CONFIGS = Path(__file__).parent / "configs"
 # Beside runs, what they have in common
 SETTINGS = "settings.json"
+# Those of CPUs with AVX2. Arithmetic with wider vectors rounds otherwise, and warm-starts another initial policy.
+INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 # What is kept of a run's log
 LOGGED = {
     **METRICS,
@@ -145,21 +149,26 @@ def _output_in(log: Path) -> Iterator[None]:
                 os.close(own)
 
 
-def check_settings(folders: Sequence[Path], plan: Plan, options: Sequence[str]) -> dict:
-    """
-    Returns the settings of the plan's runs.
-
-    Raises:
-        ValueError: Where a folder holds runs with others.
-    """
+def settings_of(plan: Plan, options: Sequence[str]) -> dict:
+    """What the plan's runs have in common, the initial policy aside."""
     configs = sorted({REGIMES[block.regime].config for block in plan.blocks})
     regimes = {Path(name).stem: yaml.safe_load((CONFIGS / name).read_text()) for name in configs}
-    settings = {"options": list(options), **regimes}
+    return {"options": list(options), **regimes}
+
+
+def check_settings(folders: Sequence[Path], settings: Mapping) -> None:
+    """
+    Raises:
+        ValueError: A folder holds runs with other settings.
+    """
     for folder in folders:
         path = folder / SETTINGS
-        if path.is_file() and json.loads(path.read_text()) != settings:
-            raise ValueError(f"{folder} holds runs with other settings. Choose another folder, or remove that one.")
-    return settings
+        found = json.loads(path.read_text()) if path.is_file() else settings
+        others = ", ".join(name for name, value in settings.items() if found.get(name) != value)
+        if others:
+            raise ValueError(
+                f"{folder} holds runs with other settings ({others}). Choose another folder, or remove that one."
+            )
 
 
 def execute_all(
@@ -198,6 +207,13 @@ def execute_all(
                 )
 
 
+def fingerprint(policy: Path) -> str:
+    """A hash of a saved policy's weights, of 16 hexadecimal digits."""
+    weights = load_file(policy / "model.safetensors")
+    content = b"".join(name.encode() + weights[name].tobytes() for name in sorted(weights))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def embedded_task(folder: Path) -> list[str]:
     """Makes the embedded task where the folder does not have it. Returns the options that choose it."""
     if not (folder / "complete").is_file():
@@ -218,16 +234,21 @@ def main(arguments: list[str]) -> None:
     plan = PRETRAINED if args.pretrained is not None else QUICK if args.quick else PROTOCOL
     options = ["--max_steps", "16"] if args.quick else []
     known = None if args.known_runs is None else Path(args.known_runs)
-    settings = check_settings([output, *([known.parent] if known else [])], plan, options)
-    records = read_runs(known) if known else {}
-    if (output / "runs.jsonl").is_file():
-        records |= read_runs(output / "runs.jsonl")
-    (output / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-    # After what can be refused: the task takes minutes to make
+    folders = [output, *([known.parent] if known else [])]
+    settings = settings_of(plan, options)
+    # Before the task, which takes minutes to make
+    check_settings(folders, settings)
+    os.environ |= INSTRUCTIONS
     if args.pretrained is not None:
         source = ["--model_name_or_path", args.pretrained]
     else:
         source = embedded_task(output / "task")
+        settings["policy"] = fingerprint(output / "task" / "warm_start")
+        check_settings(folders, settings)
+    (output / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    records = read_runs(known) if known else {}
+    if (output / "runs.jsonl").is_file():
+        records |= read_runs(output / "runs.jsonl")
     execute_all(plan, records, output, args.jobs, [*source, *options], args.minutes)
     print(write_report(plan, records, output))
 

@@ -198,7 +198,6 @@ class Plan:
 
 _SGD_RATES = (-8, -6, -4, -2)  # 0.01 to 0.32
 _MAIN = ("proma", "reinforce", "reinforce_matched", "proma_random", "proma_intra", "grpo")
-_REST = ("dppo", "isopo", "grpo_kl", "proma_both")
 PROTOCOL = Plan(
     [
         Block("on_policy", _MAIN),
@@ -212,7 +211,8 @@ PROTOCOL = Plan(
         Block("stale", ("dppo", "intra_dppo")),
         Block("stale", ("proma_dppo",)),
         Block("stale", ("intra_matched",)),
-        Block("on_policy", _REST),
+        Block("on_policy", ("dppo", "grpo_kl", "isopo")),
+        Block("on_policy", ("proma_both",)),
     ]
 )
 PRETRAINED = Plan(

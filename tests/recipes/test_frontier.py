@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from support.frontier import make_all
 from support.recipe import make_settings
 
@@ -85,6 +87,7 @@ def test_the_plan_is_the_protocols():
         "stale",
         "stale",
         "stale",
+        "on_policy",
         "on_policy",
     ]
     compared = [block for block in PROTOCOL.blocks if block.regime in ("on_policy", "stale")]
@@ -174,6 +177,8 @@ def test_runs_of_other_settings_are_not_mixed(held, tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "execute_all", lambda *arguments: None)
     monkeypatch.setattr(frontier, "write_report", lambda *arguments: "")
     monkeypatch.setattr(frontier, "embedded_task", lambda folder: [])
+    monkeypatch.setattr(frontier, "fingerprint", lambda policy: policies[-1])
+    policies = ["a"]
     (tmp_path / "known").mkdir()
     runs = tmp_path / "known" / "runs.jsonl.gz"
     runs.write_bytes(gzip.compress(b""))
@@ -181,13 +186,30 @@ def test_runs_of_other_settings_are_not_mixed(held, tmp_path, monkeypatch):
     options = ["--output_dir", str(tmp_path / "out"), "--known_runs", str(runs)]
     frontier.main(options)
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert settings["options"] == [] and sorted(settings) == ["frontier_on_policy", "frontier_stale", "options"]
+    assert sorted(settings) == ["frontier_on_policy", "frontier_stale", "options", "policy"]
+    assert settings["options"] == [] and settings["policy"] == "a"
     (folder / "settings.json").write_text(json.dumps(settings))
     frontier.main(options)
+    (tmp_path / "out" / "settings.json").unlink()
+    (folder / "settings.json").write_text(json.dumps(settings))
+    policies.append("b")
+    with pytest.raises(ValueError, match=rf"{folder.name} holds runs with other settings \(policy\)"):
+        frontier.main(options)
+    policies.append("a")
     settings["frontier_stale"]["max_steps"] += 1
     (folder / "settings.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=f"{folder.name} holds runs with other settings"):
+    with pytest.raises(ValueError, match=rf"{folder.name} holds runs with other settings \(frontier_stale\)"):
         frontier.main(options)
+
+
+def test_fingerprint_is_of_the_weights_alone(tmp_path):
+    weights = {"a": np.ones((2, 3), np.float32), "b": np.zeros(2, np.float32)}
+    found = []
+    for i, changed in enumerate(({}, {"b": np.array([0, 1e-7], np.float32)}, {})):
+        (tmp_path / str(i)).mkdir()
+        save_file(weights | changed, tmp_path / str(i) / "model.safetensors", metadata={"run": str(i)})
+        found.append(frontier.fingerprint(tmp_path / str(i)))
+    assert found[0] == found[2] != found[1] and len(found[0]) == 16
 
 
 def test_the_quick_version_has_the_embedded_task():
