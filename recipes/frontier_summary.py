@@ -24,6 +24,7 @@ _BASELINES = ("reinforce", "grpo")
 _COUNTERPARTS = {
     "proma": CONTROLS,
     "proma_intra": ("intra_matched", "proma"),
+    "proma_both": ("proma", "proma_intra"),
     "proma_dppo": ("dppo", "proma"),
     "intra_dppo": ("dppo", "proma_intra"),
 }
