@@ -33,7 +33,11 @@ class SumsArguments(RunArguments):
     """When and on what to evaluate."""
 
     eval_every: int = field(
-        default=5, metadata={"help": "Optimizer steps between two evaluations, which also take place before training."}
+        default=5,
+        metadata={
+            "help": "Optimizer steps between two evaluations with greedy decoding, which also take place before "
+            "training; after it, all held-out problems are evaluated on. 0 switches evaluation off."
+        },
     )
     eval_samples: int = field(
         default=200, metadata={"help": f"On how many of the {HELD_OUT} problems that are held out."}
@@ -41,11 +45,10 @@ class SumsArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eval_every < 1 or not 1 <= self.eval_samples <= HELD_OUT:
-            raise ValueError(
-                f"eval_every={self.eval_every} has to be at least 1, and eval_samples={self.eval_samples} from 1 to "
-                f"{HELD_OUT}."
-            )
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every={self.eval_every} is negative. Set it to 0 to switch it off.")
+        if not 1 <= self.eval_samples <= HELD_OUT:
+            raise ValueError(f"eval_samples={self.eval_samples} has to be from 1 to {HELD_OUT}.")
 
 
 def make_sums() -> tuple[Dataset, Dataset]:
@@ -82,8 +85,9 @@ def main(arguments: list[str]) -> None:
     if args.max_prompt_length is not None:
         train_dataset = drop_long_prompts(train_dataset, tokenizer, args.max_prompt_length)
     trainer = make_trainer(args, training_args, model_args, [accuracy_reward], train_dataset, None, tokenizer)
-    trainer.add_callback(GreedyEvaluation(trainer, held_out.select(range(args.eval_samples)), args.eval_every))
-    trainer.add_callback(FinalEvaluation(trainer, held_out))
+    if args.eval_every > 0:
+        trainer.add_callback(GreedyEvaluation(trainer, held_out.select(range(args.eval_samples)), args.eval_every))
+        trainer.add_callback(FinalEvaluation(trainer, held_out))
     run(trainer, args)
 
 

@@ -37,7 +37,15 @@ def test_run(tmp_path):
     assert (sums.HELD_OUT * final[0][1]).is_integer()
 
 
-@pytest.mark.parametrize("wrong", [{"eval_every": 0}, {"eval_samples": 0}, {"eval_samples": 501}])
-def test_settings_out_of_range(wrong):
-    with pytest.raises(ValueError, match="eval_samples"):
-        sums.SumsArguments(**wrong)
+def test_run_without_evaluation(tmp_path):
+    settings = make_settings(tmp_path)
+    for name in ("dataset_name", "format_reward_weight"):
+        del settings[name]
+    sums.main(["--config", write_config(tmp_path, settings | {"eval_every": 0, "max_steps": 1})])
+    assert not any(name.startswith("eval") for record in read_metrics(settings["output_dir"]) for name in record)
+
+
+@pytest.mark.parametrize("name, value", [("eval_every", -1), ("eval_samples", 0), ("eval_samples", 501)])
+def test_settings_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        sums.SumsArguments(**{name: value})
