@@ -40,9 +40,8 @@ EVIDENCE = {
     "PROMA": f"{_COMPARISON}, accumulation-based PROMA did no better than its projection along the directions of "
     "random other sequences, or than REINFORCE with parameter updates as long as PROMA's. GRPO with tuned clipping "
     "was ahead of it, also where rollouts were stale.",
-    "Intra-PROMA": f"{_COMPARISON}, Intra-PROMA was ahead of REINFORCE and level with GRPO with tuned clipping, "
-    "also where rollouts were stale. Where they were not, it was ahead of REINFORCE with parameter updates as long as "
-    "its own, too.",
+    "Intra-PROMA": f"{_COMPARISON}, Intra-PROMA was ahead of REINFORCE, and of REINFORCE with parameter updates as "
+    "long as its own. It was level with GRPO with tuned clipping, also where rollouts were stale.",
     "DPPO": f"{_COMPARISON}, DPPO did no better than REINFORCE where rollouts were stale, and GRPO with tuned "
     "clipping was ahead of it. Under PROMA and Intra-PROMA its trust region made no difference.",
 }
