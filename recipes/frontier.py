@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
-from safetensors.numpy import load_file
+from safetensors import deserialize
 from trl import TrlParser
 
 from proma_trl.recipes.frontier_plan import PRETRAINED, PROTOCOL, QUICK, REGIMES, Plan, Run, read_run, read_runs
@@ -209,9 +209,12 @@ def execute_all(
 
 def fingerprint(policy: Path) -> str:
     """A hash of a saved policy's weights, of 16 hexadecimal digits."""
-    weights = load_file(policy / "model.safetensors")
-    content = b"".join(name.encode() + weights[name].tobytes() for name in sorted(weights))
-    return hashlib.sha256(content).hexdigest()[:16]
+    found = hashlib.sha256()
+    for path in sorted(policy.glob("*.safetensors")):
+        weights = dict(deserialize(path.read_bytes()))
+        for name in sorted(weights):
+            found.update(name.encode() + weights[name]["data"])
+    return found.hexdigest()[:16]
 
 
 def embedded_task(folder: Path) -> list[str]:
@@ -241,10 +244,12 @@ def main(arguments: list[str]) -> None:
     os.environ |= INSTRUCTIONS
     if args.pretrained is not None:
         source = ["--model_name_or_path", args.pretrained]
+        policy = Path(args.pretrained)
     else:
         source = embedded_task(output / "task")
-        settings["policy"] = fingerprint(output / "task" / "warm_start")
-        check_settings(folders, settings)
+        policy = output / "task" / "warm_start"
+    settings["policy"] = fingerprint(policy) if policy.is_dir() else args.pretrained
+    check_settings(folders, settings)
     (output / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     records = read_runs(known) if known else {}
     if (output / "runs.jsonl").is_file():

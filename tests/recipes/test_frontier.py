@@ -5,9 +5,9 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
+from safetensors.torch import save_file
 from support.frontier import make_all
 from support.recipe import make_settings
 
@@ -179,7 +179,8 @@ def test_runs_of_other_settings_are_not_mixed(held, tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "embedded_task", lambda folder: [])
     monkeypatch.setattr(frontier, "fingerprint", lambda policy: policies[-1])
     policies = ["a"]
-    (tmp_path / "known").mkdir()
+    for folder in ("known", "out/task/warm_start"):
+        (tmp_path / folder).mkdir(parents=True)
     runs = tmp_path / "known" / "runs.jsonl.gz"
     runs.write_bytes(gzip.compress(b""))
     folder = {"output_dir": tmp_path / "out", "known_runs": runs.parent}[held]
@@ -203,9 +204,9 @@ def test_runs_of_other_settings_are_not_mixed(held, tmp_path, monkeypatch):
 
 
 def test_fingerprint_is_of_the_weights_alone(tmp_path):
-    weights = {"a": np.ones((2, 3), np.float32), "b": np.zeros(2, np.float32)}
+    weights = {"a": torch.ones(2, 3, dtype=torch.bfloat16), "b": torch.zeros(2)}
     found = []
-    for i, changed in enumerate(({}, {"b": np.array([0, 1e-7], np.float32)}, {})):
+    for i, changed in enumerate(({}, {"b": torch.tensor([0, 1e-7])}, {})):
         (tmp_path / str(i)).mkdir()
         save_file(weights | changed, tmp_path / str(i) / "model.safetensors", metadata={"run": str(i)})
         found.append(frontier.fingerprint(tmp_path / str(i)))
