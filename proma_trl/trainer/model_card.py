@@ -42,8 +42,10 @@ EVIDENCE = {
     "was ahead of it, also where rollouts were stale.",
     "Intra-PROMA": f"{_COMPARISON}, Intra-PROMA was ahead of REINFORCE, and of REINFORCE with parameter updates as "
     "long as its own. It was level with GRPO with tuned clipping, also where rollouts were stale.",
-    "DPPO": f"{_COMPARISON}, DPPO did no better than REINFORCE where rollouts were stale, and GRPO with tuned "
-    "clipping was ahead of it. Under PROMA and Intra-PROMA its trust region made no difference.",
+    "ISOPO": f"{_COMPARISON}, ISOPO alone did no better than REINFORCE, though it learned sooner. GRPO with tuned "
+    "clipping was ahead of it.",
+    "DPPO": f"{_COMPARISON}, DPPO did no better than REINFORCE, also where rollouts were stale, and GRPO with tuned "
+    "clipping was ahead of it. Under PROMA and Intra-PROMA its trust region made no difference with stale rollouts.",
 }
 
 _SETTINGS = (

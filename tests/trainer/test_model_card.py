@@ -90,6 +90,7 @@ def write_card(folder, log_history=(), **kwargs):
         (PROMATrainer, {"intra_dim": 3}, ["Intra-PROMA", "PROMA"]),
         (PROMATrainer, {"intra_dim": 3, "projection": "none"}, ["Intra-PROMA"]),
         (PROMATrainer, {"divergence": "binary_tv"}, ["PROMA", "DPPO"]),
+        (PROMATrainer, {"isopo": "natural", "projection": "none"}, ["ISOPO"]),
         (PROMATrainer, {"projection": "none"}, []),
         (MatchedLengthTrainer, {}, []),
         (RandomDirectionsTrainer, {"loss_type": "dapo", "steps_per_generation": 6}, []),
