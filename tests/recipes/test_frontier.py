@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
 
@@ -177,6 +178,8 @@ def test_runs_of_other_settings_are_not_mixed(held, tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "execute_all", lambda *arguments: None)
     monkeypatch.setattr(frontier, "write_report", lambda *arguments: "")
     monkeypatch.setattr(frontier, "embedded_task", lambda folder: [])
+    for name in frontier.INSTRUCTIONS:
+        monkeypatch.setenv(name, "")
     monkeypatch.setattr(frontier, "fingerprint", lambda policy: policies[-1])
     policies = ["a"]
     for folder in ("known", "out/task/warm_start"):
@@ -201,6 +204,18 @@ def test_runs_of_other_settings_are_not_mixed(held, tmp_path, monkeypatch):
     (folder / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=rf"{folder.name} holds runs with other settings \(frontier_stale\)"):
         frontier.main(options)
+
+
+def test_the_instructions_are_chosen_before_the_task_is_made(tmp_path, monkeypatch):
+    for name in frontier.INSTRUCTIONS:
+        monkeypatch.setenv(name, "")  # what `main` sets ends with the test
+    found = []
+    monkeypatch.setattr(frontier, "write_task", lambda *arguments, **settings: found.append(dict(os.environ)))
+    monkeypatch.setattr(frontier, "execute_all", lambda *arguments: None)
+    monkeypatch.setattr(frontier, "write_report", lambda *arguments: "")
+    (tmp_path / "task" / "warm_start").mkdir(parents=True)
+    frontier.main(["--output_dir", str(tmp_path)])
+    assert found[0]["ATEN_CPU_CAPABILITY"] == "avx2" and frontier.INSTRUCTIONS.items() <= found[0].items()
 
 
 def test_fingerprint_is_of_the_weights_alone(tmp_path):
