@@ -213,7 +213,11 @@ def run_frontier(options, folder, monkeypatch):
         planned.extend([*records, *plan.missing(score_all(records))])
 
     monkeypatch.setattr(frontier, "execute_all", plan_all)
-    monkeypatch.setattr(frontier, "write_task", lambda folder, **kwargs: folder.mkdir(parents=True))
+    monkeypatch.setattr(frontier, "write_task", lambda folder, **kwargs: (folder / "warm_start").mkdir(parents=True))
+    # As if the warm start had led to the policy of the results, and without a trace in this process
+    settings = json.loads((ROOT / "results" / "frontier_cpu" / "settings.json").read_text())
+    monkeypatch.setattr(frontier, "fingerprint", lambda policy: settings["policy"])
+    monkeypatch.setattr(frontier, "INSTRUCTIONS", {})
     # From the repository's folder, whose results it may start from, and with its own in another one
     monkeypatch.chdir(ROOT)
     frontier.main([*options, "--output_dir", tempfile.mkdtemp(dir=folder)])
