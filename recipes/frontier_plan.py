@@ -220,7 +220,7 @@ PRETRAINED = Plan(
         Block(
             "pretrained",
             ("proma", "reinforce", "proma_intra", "grpo"),
-            (-22, -20, -18),
+            (-24, -22, -20),
             tuning_seeds=(0,),
             test_seeds=TEST_SEEDS[:6],
             extends=False,
