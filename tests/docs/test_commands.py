@@ -13,6 +13,7 @@ import sys
 import tempfile
 import tomllib
 from importlib.metadata import distribution
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -214,10 +215,14 @@ def run_frontier(options, folder, monkeypatch):
 
     monkeypatch.setattr(frontier, "execute_all", plan_all)
     monkeypatch.setattr(frontier, "write_task", lambda folder, **kwargs: (folder / "warm_start").mkdir(parents=True))
-    # As if the warm start had led to the policy of the results, and without a trace in this process
-    settings = json.loads((ROOT / "results" / "frontier_cpu" / "settings.json").read_text())
-    monkeypatch.setattr(frontier, "fingerprint", lambda policy: settings["policy"])
+    given = dict(pairwise(options))
+    # As if the initial policy were that of the known runs, and without a trace in this process
+    known = ROOT / given["--known_runs"] if "--known_runs" in given else None
+    policy = json.loads((known.parent / "settings.json").read_text())["policy"] if known else ""
+    monkeypatch.setattr(frontier, "fingerprint", lambda _: policy)
     monkeypatch.setattr(frontier, "INSTRUCTIONS", {})
+    if "--pretrained" in given:
+        options = [str(folder) if word == given["--pretrained"] else word for word in options]
     # From the repository's folder, whose results it may start from, and with its own in another one
     monkeypatch.chdir(ROOT)
     frontier.main([*options, "--output_dir", tempfile.mkdtemp(dir=folder)])
