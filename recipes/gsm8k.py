@@ -62,8 +62,6 @@ class GSM8KArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eval_every < 0:
-            raise ValueError(f"eval_every={self.eval_every} is negative. Set it to 0 to switch it off.")
         if self.num_examples < 0:
             raise ValueError(f"num_examples={self.num_examples} is negative. Set it to 0 for none.")
         if self.eval_samples is not None and self.eval_samples < 1:

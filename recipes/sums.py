@@ -45,8 +45,6 @@ class SumsArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eval_every < 0:
-            raise ValueError(f"eval_every={self.eval_every} is negative. Set it to 0 to switch it off.")
         if not 1 <= self.eval_samples <= HELD_OUT:
             raise ValueError(f"eval_samples={self.eval_samples} has to be from 1 to {HELD_OUT}.")
 

@@ -85,7 +85,8 @@ class RunArguments:
     )
 
     def __post_init__(self):
-        for name in ("kl_every", "overlap_every"):
+        # Those of recipes, too
+        for name in (own.name for own in dataclasses.fields(self) if own.name.endswith("_every")):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative. Set it to 0 to switch it off.")
 

@@ -178,8 +178,7 @@ def test_runs_of_other_settings_are_not_mixed(held, tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "execute_all", lambda *arguments: None)
     monkeypatch.setattr(frontier, "write_report", lambda *arguments: "")
     monkeypatch.setattr(frontier, "embedded_task", lambda folder: [])
-    for name in frontier.INSTRUCTIONS:
-        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(frontier, "INSTRUCTIONS", {})
     monkeypatch.setattr(frontier, "fingerprint", lambda policy: policies[-1])
     policies = ["a"]
     for folder in ("known", "out/task/warm_start"):
