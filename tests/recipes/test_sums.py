@@ -20,10 +20,14 @@ def test_problems_are_distinct_and_held_out():
         assert int(row["answer"]) == a + b and (a, b) not in sums.EXAMPLES
 
 
+def sums_settings(folder):
+    """Those of a small run, without what sums have no use for."""
+    unused = ("dataset_name", "format_reward_weight")
+    return {name: value for name, value in make_settings(folder).items() if name not in unused}
+
+
 def test_run(tmp_path):
-    settings = make_settings(tmp_path)
-    for name in ("dataset_name", "format_reward_weight"):
-        del settings[name]
+    settings = sums_settings(tmp_path)
     config = write_config(tmp_path, settings | {"eval_samples": 40, "per_device_eval_batch_size": 250})
     sums.main(["--config", config, "--algorithm", "proma"])
     records = read_metrics(settings["output_dir"])
@@ -38,9 +42,7 @@ def test_run(tmp_path):
 
 
 def test_run_without_evaluation(tmp_path):
-    settings = make_settings(tmp_path)
-    for name in ("dataset_name", "format_reward_weight"):
-        del settings[name]
+    settings = sums_settings(tmp_path)
     sums.main(["--config", write_config(tmp_path, settings | {"eval_every": 0, "max_steps": 1})])
     assert not any(name.startswith("eval") for record in read_metrics(settings["output_dir"]) for name in record)
 
