@@ -143,7 +143,7 @@ def verdicts(pairs: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
     return "\n".join(lines)
 
 
-def text_of(summary: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
+def text_of(plan: Plan, summary: Mapping[str, Mapping[str, Any]]) -> str:
     """The tables as Markdown."""
     parts = []
     for name, regime in summary.items():
@@ -160,7 +160,7 @@ def text_of(summary: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
         if regime["pairs"]:
             parts += [f"### {title}: paired differences", pairs_table(regime["pairs"])]
         if name == "on_policy":
-            parts += ["### The criteria", verdicts(regime["pairs"], seeds)]
+            parts += ["### The criteria", verdicts(regime["pairs"], len(plan.blocks[0].test_seeds))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -192,7 +192,7 @@ def write_report(plan: Plan, records: Records, output: Path) -> str:
     for regime in regimes.values():
         draw(regime, output)
     summary = summarize(regimes)
-    text = text_of(summary, len(plan.blocks[0].test_seeds))
+    text = text_of(plan, summary)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (output / "tables.md").write_text(text)
     return text

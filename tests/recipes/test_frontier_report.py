@@ -151,7 +151,7 @@ def test_the_pretrained_model_is_scored_by_its_own_budgets_and_problems():
     assert proma["final_accuracy"] == pytest.approx([0.7] * 3) and proma["seeds"] == 6
     # Accuracy 0.2 + step / 40 at a divergence of step / 100, and 0.9 from step 28 on
     assert proma["within_0.2"][0] == pytest.approx(0.7) and proma["within_0.4"][0] == pytest.approx(0.9)
-    assert "Within 0.4" in frontier_report.text_of({"pretrained": summary}, 6)
+    assert "Within 0.4" in frontier_report.text_of(PRETRAINED, {"pretrained": summary})
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_what_some_arms_alone_have(arm, curve, title, row):
     for run, record in records.items():
         if run.arm == arm:
             record["curves"][curve] = {1: 0.5, 2: 0.7}
-    text = frontier_report.text_of(summarize(read_regimes(plan, records)), 10)
+    text = frontier_report.text_of(plan, summarize(read_regimes(plan, records)))
     _, _, table = text.partition(f"{title}\n\n")
     assert table.splitlines()[2:4] == [f"| `{arm}` | 3.2e-05 | {row}", ""]
-    assert title not in frontier_report.text_of(summarize(read_regimes(plan, made_up(plan))), 10)
+    assert title not in frontier_report.text_of(plan, summarize(read_regimes(plan, made_up(plan))))
