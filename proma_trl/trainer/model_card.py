@@ -36,14 +36,16 @@ _COMPARISON = (
     "In proma-trl's comparison on a small task (results/frontier_cpu in its repository; each algorithm at its own "
     "best learning rate, ten paired seeds, AdamW)"
 )
-_PRETRAINED = "SmolLM2-135M-Instruct (results/frontier_smollm2; six paired seeds)"
+_PRETRAINED = (
+    "On SmolLM2-135M-Instruct (results/frontier_smollm2; six paired seeds) it was level with REINFORCE and GRPO."
+)
 EVIDENCE = {
     "PROMA": f"{_COMPARISON}, accumulation-based PROMA did no better than its projection along the directions of "
     "random other sequences, or than REINFORCE with parameter updates as long as PROMA's. GRPO with tuned clipping "
-    f"was ahead of it, also where rollouts were stale. On {_PRETRAINED} it was level with REINFORCE and GRPO.",
+    f"was ahead of it, also where rollouts were stale. {_PRETRAINED}",
     "Intra-PROMA": f"{_COMPARISON}, Intra-PROMA was ahead of REINFORCE, and of REINFORCE with parameter updates as "
-    "long as its own. It was level with GRPO with tuned clipping, also where rollouts were stale. On "
-    f"{_PRETRAINED} it was level with REINFORCE and GRPO.",
+    "long as its own. It was level with GRPO with tuned clipping, also where rollouts were stale. "
+    f"{_PRETRAINED}",
     "ISOPO": f"{_COMPARISON}, ISOPO alone did no better than REINFORCE, though it learned sooner. GRPO with tuned "
     "clipping was ahead of it.",
     "DPPO": f"{_COMPARISON}, DPPO did no better than REINFORCE, also where rollouts were stale, and GRPO with tuned "
