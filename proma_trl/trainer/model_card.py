@@ -37,7 +37,8 @@ _COMPARISON = (
     "best learning rate, ten paired seeds, AdamW)"
 )
 _PRETRAINED = (
-    "On SmolLM2-135M-Instruct (results/frontier_smollm2; six paired seeds) it was level with REINFORCE and GRPO."
+    "On SmolLM2-135M-Instruct (results/frontier_smollm2; six paired seeds) it was level with REINFORCE and GRPO, "
+    "by accuracy within a divergence from the initial policy."
 )
 EVIDENCE = {
     "PROMA": f"{_COMPARISON}, accumulation-based PROMA did no better than its projection along the directions of "
