@@ -92,19 +92,73 @@ def own_table(arms: Mapping[str, Mapping[str, Any]], name: str, column: str, dig
     return _table(["Arm", "Rate", "Parameter", column], rows) if rows else ""
 
 
+def never_table(arms: Mapping[str, Mapping[str, Any]], budgets: Sequence[float]) -> str:
+    """How many runs stay within a budget to their end, and count there with their last evaluation."""
+    columns = ("seeds", *(f"never_exceed_{budget:g}" for budget in budgets))
+    rows = [[f"`{arm}`", *(str(found[name]) for name in columns)] for arm, found in arms.items()]
+    rows.append(["all", *(str(sum(found[name] for found in arms.values())) for name in columns)])
+    return _table(["Arm", "Runs", *(f"Never exceed {budget:g}" for budget in budgets)], rows)
+
+
+def tuning_table(tuning: Mapping[str, Mapping[str, Any]]) -> str:
+    """What arms reach at each learning rate, with their parameters at their first values."""
+    rates = sorted({rate for found in tuning.values() for rate in found["rates"]}, key=float)
+
+    def cell(values: Sequence[float] | None) -> str:
+        return "" if values is None else f"{values[0]:.3f}, {values[1]:.3f}"
+
+    rows = [[f"`{arm}`", *(cell(found["rates"].get(rate)) for rate in rates)] for arm, found in tuning.items()]
+    return _table(["Arm", *rates], rows)
+
+
+def values_table(tuning: Mapping[str, Mapping[str, Any]], arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """The scores of the values of arms' parameters."""
+    rows = []
+    for arm, found in tuning.items():
+        if len(found["values"]) > 1:
+            scores = ", ".join(f"{value}: {mean:.3f}" for value, mean in found["values"].items())
+            rows.append([f"`{arm}`", *_setting(arms[arm]), scores, arms[arm].get("edge", "")])
+    return _table(["Arm", "Rate", "Tested with", "Scores in tuning", "Of those tried"], rows) if rows else ""
+
+
+def _difference(found: Mapping[str, Any], name: str) -> list[str]:
+    interval = found[f"{name}_t"]
+    return [
+        _cell(found[name], "+.3f"),
+        "" if interval is None else f"[{interval[0]:+.3f}, {interval[1]:+.3f}]",
+        f"{found[f'{name}_p']:.3f}",
+    ]
+
+
 def pairs_table(pairs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Paired differences."""
+    """Paired differences, with bootstrap intervals, t-intervals and the p-values of sign flips."""
     rows = [
         [
             f"`{name}`",
-            _cell(found["score"], "+.3f"),
+            *_difference(found, "score"),
             f"{found['probability_of_improvement']:.2f}",
-            _cell(found["final_accuracy"], "+.3f"),
+            *_difference(found, "final_accuracy"),
             str(found["seeds"]),
         ]
         for name, found in pairs.items()
     ]
-    return _table(["Pair", "Frontier score", "Probability of improvement", "Final accuracy", "Seeds"], rows)
+    statistics_of = ("t-interval", "p")
+    header = ["Pair", "Frontier score", *statistics_of, "Probability of improvement", "Final accuracy"]
+    return _table([*header, *statistics_of, "Seeds"], rows)
+
+
+def budgets_table(pairs: Mapping[str, Mapping[str, Any]], budgets: Sequence[float]) -> str:
+    """Where a difference in the score comes from, and whether it needs all evaluations: t-intervals and p-values."""
+
+    def cell(found: Mapping[str, Any], name: str) -> str:
+        interval = found[f"{name}_t"]
+        within = "" if interval is None else f" [{interval[0]:+.3f}, {interval[1]:+.3f}]"
+        return f"{found[name]:+.3f}{within}, p {found[f'{name}_p']:.3f}"
+
+    names = (*(f"within_{budget:g}" for budget in budgets), "score_every_second")
+    rows = [[f"`{pair}`", *(cell(found, name) for name in names)] for pair, found in pairs.items()]
+    header = ["Pair", *(f"Within {budget:g}" for budget in budgets), "Score of every second evaluation"]
+    return _table(header, rows)
 
 
 def overlaps_table(overlaps: Mapping[str, Mapping[str, Any]]) -> str:
@@ -125,18 +179,22 @@ def overlaps_table(overlaps: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def verdicts(pairs: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
-    """The protocol's criteria, which the nearly on-policy pairs decide."""
+    """The protocol's criteria, which the nearly on-policy pairs decide: by bootstrap intervals, and by t-intervals."""
 
-    def passes(name: str) -> bool | None:
+    def lower_ends(name: str) -> tuple[float, float] | None:
         found = pairs.get(name)
-        return None if found is None or found["seeds"] < seeds else found["score"][1] > 0
+        return None if found is None or found["seeds"] < seeds else (found["score"][1], found["score_t"][0])
 
-    words = {True: "yes", False: "no", None: "not complete"}
-    controls = [passes(f"proma - {control}") for control in CONTROLS]
-    both = None if None in controls else all(controls)
-    lines = [f"- `proma` is better than both controls: {words[both]}"]
+    def verdict(names: Sequence[str]) -> str:
+        lows = [low for low in map(lower_ends, names) if low is not None]
+        if len(lows) < len(names):
+            return "not complete"
+        bootstrap, t = (["no", "yes"][min(ends) > 0] for ends in zip(*lows, strict=True))
+        return f"{bootstrap} (t-interval: {t})"
+
+    lines = [f"- `proma` is better than both controls: {verdict([f'proma - {control}' for control in CONTROLS])}"]
     lines += [
-        f"- `{name.replace(' - ', '` is better than `')}`: {words[passes(name)]}"
+        f"- `{name.replace(' - ', '` is better than `')}`: {verdict([name])}"
         for name in pairs
         if name.endswith((" - reinforce", *CONTROLS))
     ]
@@ -147,20 +205,27 @@ def text_of(plan: Plan, summary: Mapping[str, Mapping[str, Any]]) -> str:
     """The tables as Markdown."""
     parts = []
     for name, regime in summary.items():
-        title = _REGIMES[name]
-        if "overlaps" in regime:
-            parts += [f"## {title}", overlaps_table(regime["overlaps"])]
-            continue
-        parts += [f"## {title}", arms_table(regime["arms"], REGIMES[name].budgets)]
-        parts += [f"### {title}: at an accuracy of {REGIMES[name].target:g}", equal_table(regime["arms"])]
+        title, budgets = _REGIMES[name], REGIMES[name].budgets
+        arms, pairs, tuning = (regime.get(key, {}) for key in ("arms", "pairs", "tuning"))
+        parts.append(f"## {title}")
+        parts.append(overlaps_table(regime["overlaps"]) if "overlaps" in regime else arms_table(arms, budgets))
+        if arms:
+            parts += [f"### {title}: at an accuracy of {REGIMES[name].target:g}", equal_table(arms)]
+            parts += [f"### {title}: runs that never exceed a budget", never_table(arms, budgets)]
         for own, (heading, column, digits) in _OWN_TABLES.items():
-            table = own_table(regime["arms"], own, column, digits)
+            table = own_table(arms, own, column, digits)
             if table:
                 parts += [f"### {title}: {heading}", table]
-        if regime["pairs"]:
-            parts += [f"### {title}: paired differences", pairs_table(regime["pairs"])]
+        if pairs:
+            parts += [f"### {title}: paired differences", pairs_table(pairs)]
+            parts += [f"### {title}: paired differences by budget", budgets_table(pairs, budgets)]
+        if tuning:
+            parts += [f"### {title}: tuning of the learning rate", tuning_table(tuning)]
+            values = values_table(tuning, arms or regime["overlaps"])
+            if values:
+                parts += [f"### {title}: tuning of the parameter", values]
         if name == "on_policy":
-            parts += ["### The criteria", verdicts(regime["pairs"], len(plan.blocks[0].test_seeds))]
+            parts += ["### The criteria", verdicts(pairs, len(plan.blocks[0].test_seeds))]
     return "\n\n".join(parts) + "\n"
 
 

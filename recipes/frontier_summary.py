@@ -2,18 +2,23 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from proma_trl.recipes.frontier_plan import ARMS, CONTROLS, REGIMES, Block, Plan, Regime, Run
 from proma_trl.tools.curves import Curves
 from proma_trl.tools.frontiers import (
     accuracy_within,
+    every_second_evaluation,
     final_accuracy,
     frontier_score,
     mean_since,
     mean_until,
+    never_exceeds,
     paired_interval,
+    paired_t_interval,
     probability_of_improvement,
+    sign_flip_p,
     step_reaching,
 )
 
@@ -68,6 +73,8 @@ def summarize_arm(runs: Sequence[Curves], regime: Regime) -> dict[str, Any]:
     """Means and intervals of the endpoints over seeds: of each, over the runs that have it."""
     found = [endpoints(run, regime) for run in runs]
     summary = {"seeds": len(runs), "reached_target": sum(e["completions_to_target"] is not None for e in found)}
+    for budget in regime.budgets:
+        summary[f"never_exceed_{budget:g}"] = sum(never_exceeds(run, budget) for run in runs)
     for name in found[0]:
         values = [e[name] for e in found if e[name] is not None]
         if values:
@@ -76,25 +83,37 @@ def summarize_arm(runs: Sequence[Curves], regime: Regime) -> dict[str, Any]:
 
 
 def compare(ours: Mapping[int, Curves], others: Mapping[int, Curves], regime: Regime) -> dict[str, Any]:
-    """Paired differences over the seeds that both have, and the probability of improvement of the score."""
+    """
+    Paired differences over the seeds that both have, and the probability of improvement of the score.
+
+    Of each endpoint, the mean difference, `<endpoint>_t`, its t-interval (`None` for a single seed), and
+    `<endpoint>_p`, the p-value of a sign-flip test. The endpoints are the score and final accuracy, whose means stand
+    with their bootstrap intervals, the accuracy within each budget, and the score of every second evaluation.
+    """
     seeds = [seed for seed in ours if seed in others]
-
-    def values(runs: Mapping[int, Curves], endpoint: Callable[[Curves], float]) -> list[float]:
-        return [endpoint(runs[seed]) for seed in seeds]
-
-    def difference(endpoint: Callable[[Curves], float]) -> list[float]:
-        differences = [a - b for a, b in zip(values(ours, endpoint), values(others, endpoint), strict=True)]
-        return [statistics.fmean(differences), *paired_interval(differences)]
 
     def scored(run: Curves) -> float:
         return score(run, regime)
 
-    return {
-        "seeds": len(seeds),
-        "score": difference(scored),
-        "probability_of_improvement": probability_of_improvement(values(ours, scored), values(others, scored)),
-        "final_accuracy": difference(accuracy_at_the_end),
+    measured: dict[str, Callable[[Curves], float]] = {
+        "score": scored,
+        "final_accuracy": accuracy_at_the_end,
+        **{f"within_{budget:g}": partial(accuracy_within, budget=budget) for budget in regime.budgets},
+        "score_every_second": lambda run: scored(every_second_evaluation(run)),
     }
+    found: dict[str, Any] = {
+        "seeds": len(seeds),
+        "probability_of_improvement": probability_of_improvement(
+            [scored(ours[seed]) for seed in seeds], [scored(others[seed]) for seed in seeds]
+        ),
+    }
+    for name, endpoint in measured.items():
+        differences = [endpoint(ours[seed]) - endpoint(others[seed]) for seed in seeds]
+        mean = statistics.fmean(differences)
+        found[name] = [mean, *paired_interval(differences)] if name in ("score", "final_accuracy") else mean
+        found[f"{name}_t"] = [*paired_t_interval(differences)] if len(seeds) > 1 else None
+        found[f"{name}_p"] = sign_flip_p(differences)
+    return found
 
 
 def width(tuned: Mapping[int, Sequence[Curves]]) -> float:
@@ -111,6 +130,8 @@ class RegimeRuns:
         chosen (`dict`): Of each arm that is tuned, the point that tuning has chosen.
         test (`dict`): Of each arm that has any, its runs at that point with the test seeds, by seed.
         tuning (`dict`): Of each arm, its runs with the tuning seeds at the parameter's first value, by rate.
+        values (`dict`): Of each arm with a parameter, its runs with the tuning seeds at the rate that is tested, by
+            the parameter's value.
         is_test (`bool`): Whether the test seeds are others than those of tuning.
     """
 
@@ -120,6 +141,7 @@ class RegimeRuns:
         self.chosen: dict[str, tuple[int, int]] = {}
         self.test: dict[str, dict[int, Curves]] = {}
         self.tuning: dict[str, dict[int, list[Curves]]] = {}
+        self.values: dict[str, dict[str | float, list[Curves]]] = {}
         scores = score_all(records)
         blocks = [block for block in plan.blocks if block.regime == name]
         self.is_test = all(block.test_seeds != block.tuning_seeds for block in blocks)
@@ -128,6 +150,7 @@ class RegimeRuns:
                 self._read_tuning(block, arm, records)
                 point = plan.chosen(block, arm, scores)
                 if point is not None:
+                    self._read_values(block, arm, point[0], records)
                     self._read_test(block, arm, point, records)
 
     def _read_tuning(self, block: Block, arm: str, records: Records) -> None:
@@ -137,6 +160,12 @@ class RegimeRuns:
             runs = [block.run(arm, (rate, 0), seed) for seed in block.tuning_seeds]
             if block.tuned_in is None and all(run in records for run in runs):
                 self.tuning.setdefault(arm, {})[rate] = [records[run]["curves"] for run in runs]
+
+    def _read_values(self, block: Block, arm: str, rate: int, records: Records) -> None:
+        for place, value in enumerate(ARMS[arm].values):
+            runs = [block.run(arm, (rate, place), seed) for seed in block.tuning_seeds]
+            if block.tuned_in is None and all(run in records for run in runs):
+                self.values.setdefault(arm, {})[value] = [records[run]["curves"] for run in runs]
 
     def _read_test(self, block: Block, arm: str, point: tuple[int, int], records: Records) -> None:
         self.chosen[arm] = point
@@ -152,6 +181,36 @@ class RegimeRuns:
         own = {"parameter": f"{parameter.removeprefix('--')} {ARMS[arm].values[run.value]}"} if parameter else {}
         return {"learning_rate": run.learning_rate, **own}
 
+    def tuned(self) -> dict[str, dict[str, Any]]:
+        """
+        What tuning has seen, as means over its seeds: of each arm the score and the final accuracy by learning rate,
+        and the score by the value of its parameter.
+        """
+
+        def mean(endpoint: Callable[[Curves], float], runs: Sequence[Curves]) -> float:
+            return statistics.fmean(map(endpoint, runs))
+
+        def scored(run: Curves) -> float:
+            return score(run, self.regime)
+
+        found: dict[str, dict[str, Any]] = {}
+        for arm, rates in self.tuning.items():
+            found[arm] = {"rates": {}, "values": {}}
+            for rate, runs in rates.items():
+                learning_rate = Run(self.name, arm, rate, 0, 0).learning_rate
+                found[arm]["rates"][f"{learning_rate:g}"] = [mean(scored, runs), mean(accuracy_at_the_end, runs)]
+            for value, runs in self.values.get(arm, {}).items():
+                found[arm]["values"][str(value)] = mean(scored, runs)
+        return found
+
+    def edge(self, arm: str) -> str:
+        """Whether the parameter that is tested is the smallest or the largest that was tried."""
+        values = self.values.get(arm, {})
+        if len(values) < 2 or any(isinstance(value, str) for value in values):
+            return ""
+        value = ARMS[arm].values[self.chosen[arm][1]]
+        return {min(values): "smallest", max(values): "largest"}.get(value, "")
+
     def arms(self) -> dict[str, dict[str, Any]]:
         """Of each arm that is tested, its setting and its endpoints."""
         summaries = {}
@@ -159,6 +218,8 @@ class RegimeRuns:
             summaries[arm] = self.setting(arm)
             if arm in self.tuning:
                 summaries[arm]["rate_decades"] = width(self.tuning[arm])
+            if self.edge(arm):
+                summaries[arm]["edge"] = self.edge(arm)
             summaries[arm] |= summarize_arm([*runs.values()], self.regime)
         return summaries
 
@@ -191,7 +252,10 @@ def read_regimes(plan: Plan, records: Records) -> dict[str, RegimeRuns]:
 
 
 def summarize(regimes: Mapping[str, RegimeRuns]) -> dict[str, dict[str, Any]]:
-    """The numbers of all regimes that have any: arms and pairs where there is a test, and else overlaps."""
+    """
+    The numbers of all regimes that have any: arms and pairs where there is a test, and else overlaps; what tuning has
+    seen, where arms are tuned.
+    """
     summary = {}
     for name, regime in regimes.items():
         if not regime.test:
@@ -207,4 +271,6 @@ def summarize(regimes: Mapping[str, RegimeRuns]) -> dict[str, dict[str, Any]]:
             summary[name] = {"arms": regime.arms(), "pairs": pairs}
         else:
             summary[name] = {"arms": regime.arms(), "pairs": regime.pairs()}
+        if regime.tuning:
+            summary[name]["tuning"] = regime.tuned()
     return summary

@@ -1,4 +1,9 @@
-"""The tables of the comparison's folders in results/ are those of their runs."""
+"""
+The tables of the comparison's folders in results/ are those of their runs, and the figures that README and docs quote
+of the comparison are those of the tables' rows that they name.
+"""
+
+import json
 
 import pytest
 from support.repository import ROOT
@@ -8,14 +13,11 @@ from proma_trl.recipes.frontier_report import text_of
 from proma_trl.recipes.frontier_summary import read_regimes, summarize
 
 
-def rows(text):
-    return [line for line in text.splitlines() if line.startswith(("| `", "- `"))]
-
-
 @pytest.mark.parametrize("folder, plan", [("frontier_cpu", PROTOCOL), ("frontier_smollm2", PRETRAINED)])
 def test_tables_of_the_comparison(folder, plan):
-    records = read_runs(ROOT / "results" / folder / "runs.jsonl.gz")
-    made = text_of(plan, summarize(read_regimes(plan, records)))
-    page = (ROOT / "results" / folder / "README.md").read_text()
-    assert rows(made)
-    assert rows(page) == rows(made)
+    folder = ROOT / "results" / folder
+    summary = summarize(read_regimes(plan, read_runs(folder / "runs.jsonl.gz")))
+    _, _, rest = (folder / "README.md").read_text().partition("<!-- tables -->")
+    tables, _, _ = rest.partition("<!-- end of tables -->")
+    assert tables.strip() == text_of(plan, summary).strip()
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))

@@ -62,6 +62,8 @@ def test_numbers():
     assert proma["entropy_at_target"] == [0.5, 0.5, 0.5] and proma["local_kl_to_target"][0] > 0
     pair = summary["pairs"]["proma - proma_random"]
     assert pair["score"][1] > 0 and pair["probability_of_improvement"] == 1.0 and pair["seeds"] == 10
+    # Every seed is better, so of 1,024 choices of signs only theirs and its opposite are as far from zero
+    assert pair["score_t"][0] > 0 and pair["score_p"] == 2 / 1024
     assert summary["pairs"]["proma - reinforce"]["final_accuracy"][0] == pytest.approx(0)
     assert "reinforce - grpo" not in summary["pairs"] and "reinforce - reinforce" not in summary["pairs"]
 
@@ -97,10 +99,12 @@ def test_whole_report(tmp_path):
     records = made_up(PROTOCOL)
     text = frontier_report.write_report(PROTOCOL, records, tmp_path)
     assert text == (tmp_path / "tables.md").read_text()
-    assert "- `proma` is better than both controls: yes" in text
-    assert "- `proma_intra` is better than `reinforce`: no" in text
+    assert "- `proma` is better than both controls: yes (t-interval: yes)" in text
+    assert "- `proma_intra` is better than `reinforce`: no (t-interval: no)" in text
     # Equal runs differ by nothing
-    assert "| `proma_intra: groups - shuffled` | +0.000 [+0.000, +0.000] | 0.50 |" in text
+    equal = "+0.000 [+0.000, +0.000] | [+0.000, +0.000] | 1.000"
+    assert f"| `proma_intra: groups - shuffled` | {equal} | 0.50 | {equal} | 10 |" in text
+    assert "### Stale: tuning of the learning rate" in text and "### Stale: tuning of the parameter" in text
     assert "| 2.00e-01 | 2.00e-01 | 2.00e-01 |" in text
     names = {
         f"{kind}_{regime}.{suffix}"
@@ -119,8 +123,72 @@ def test_a_comparison_that_is_not_complete(tmp_path):
     assert frontier_report.write_report(PROTOCOL, {}, tmp_path) == "\n"
     records = {run: r for run, r in made_up(PROTOCOL).items() if (run.arm, run.seed) != ("proma_random", 109)}
     text = frontier_report.write_report(PROTOCOL, records, tmp_path)
-    assert "- `proma` is better than both controls: not complete" in text
-    assert "- `proma` is better than `reinforce_matched`: yes" in text
+    assert "- `proma` is better than both controls: not complete\n" in text
+    assert "- `proma` is better than `reinforce_matched`: yes (t-interval: yes)" in text
+
+
+def test_where_a_difference_comes_from():
+    plan = Plan([Block("on_policy", ["proma", "reinforce"], extends=False)])
+    records = made_up(plan)
+    summary = summarize(read_regimes(plan, records))["on_policy"]
+    pair, regime = summary["pairs"]["proma - reinforce"], REGIMES["on_policy"]
+    within = [pair[f"within_{budget:g}"] for budget in regime.budgets]
+    assert statistics.fmean(within) == pytest.approx(pair["score"][0])
+    # Runs end at a divergence of 0.02 and of 0.04, a little more
+    assert [summary["arms"]["proma"][f"never_exceed_{budget:g}"] for budget in regime.budgets] == [0, 0, 0]
+    for run, record in records.items():
+        if run.arm == "proma" and run.seed in (100, 101):
+            record["curves"]["global_kl"] = {step: 0.0004 * step for step in record["curves"]["global_kl"]}
+    text = frontier_report.text_of(plan, summarize(read_regimes(plan, records)))
+    assert "| `proma` | 10 | 0 | 0 | 2 |" in text and "| all | 20 | 0 | 0 | 2 |" in text
+
+
+def test_half_of_the_evaluations():
+    plan = Plan([Block("on_policy", ["proma", "reinforce"], extends=False)])
+    records = made_up(plan)
+    for run, record in records.items():
+        # PROMA is better at one evaluation alone, and that is not among every second one
+        if run.arm == "proma":
+            record["curves"]["global_kl"] = {step: 2 * kl for step, kl in record["curves"]["global_kl"].items()}
+            record["curves"]["eval_accuracy"][4] = 0.5
+    pair = summarize(read_regimes(plan, records))["on_policy"]["pairs"]["proma - reinforce"]
+    assert pair["score"][0] > 0.05 and pair["score_every_second"] == pytest.approx(0.0)
+    row = frontier_report.budgets_table({"pair": pair}, REGIMES["on_policy"].budgets).splitlines()[2]
+    assert row.startswith("| `pair` | +0.1") and row.endswith("| +0.000 [+0.000, +0.000], p 1.000 |")
+
+
+def test_a_single_seed_has_no_t_interval():
+    plan = Plan([Block("on_policy", ["proma", "reinforce"], test_seeds=(100,), extends=False)])
+    pair = summarize(read_regimes(plan, made_up(plan)))["on_policy"]["pairs"]["proma - reinforce"]
+    assert pair["score_t"] is None and pair["score_p"] == 1.0
+    assert "| 1.000 |" in frontier_report.pairs_table({"pair": pair})
+
+
+def test_tuning():
+    plan = Plan([Block("on_policy", ["proma", "isopo", "grpo"])])
+    records = made_up(plan)
+    for run, record in records.items():
+        if (run.arm, run.value) == ("grpo", 2):  # epsilon 0.05
+            record["curves"]["eval_accuracy"][0] = 0.4
+    for run, record in [*records.items()]:
+        if (run.arm, run.value, run.seed) == ("grpo", 0, 100):
+            del records[run]
+            records[type(run)("on_policy", "grpo", run.rate, 2, 100)] = record
+    summary = summarize(read_regimes(plan, records))["on_policy"]
+    tuned = summary["tuning"]["grpo"]
+    assert [*tuned["rates"]] == ["1e-05", "3.2e-05", "0.0001", "0.00032"] and [*tuned["values"]] == [
+        "0.2",
+        "0.1",
+        "0.05",
+    ]
+    assert tuned["values"]["0.2"] == pytest.approx(tuned["rates"]["3.2e-05"][0])
+    assert tuned["values"]["0.05"] > tuned["values"]["0.1"]
+    assert summary["arms"]["grpo"]["parameter"] == "epsilon 0.05" and summary["arms"]["grpo"]["edge"] == "smallest"
+    # The first value, and none of numbers
+    assert "edge" not in summary["arms"]["proma"] and "edge" not in summary["arms"]["isopo"]
+    text = frontier_report.text_of(plan, {"on_policy": summary})
+    row = next(line for line in text.splitlines() if line.startswith("| `grpo` |") and "0.05: " in line)
+    assert row.startswith("| `grpo` | 3.2e-05 | epsilon 0.05 | 0.2: ") and row.endswith("| smallest |")
 
 
 def test_report_from_a_file(tmp_path, capsys):

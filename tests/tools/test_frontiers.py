@@ -1,18 +1,26 @@
 """Endpoints of runs and paired statistics, by hand."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 
 from proma_trl.tools.figures import draw_frontiers, draw_tuning
 from proma_trl.tools.frontiers import (
     accuracy_within,
+    every_second_evaluation,
     final_accuracy,
     frontier_score,
     mean_since,
     mean_until,
+    never_exceeds,
     paired_interval,
+    paired_t_interval,
     probability_of_improvement,
+    sign_flip_p,
     step_reaching,
+    student_t_quantile,
 )
 
 RUN = {
@@ -38,6 +46,17 @@ def test_a_step_that_was_not_measured_does_not_count():
 
 def test_score():
     assert frontier_score(RUN, (0.005, 0.02)) == pytest.approx(0.45)
+
+
+def test_a_divergence_that_falls_again_was_exceeded():
+    assert [never_exceeds(RUN, budget) for budget in (0.01, 0.025, 0.03, 0.1)] == [False, False, True, True]
+
+
+def test_every_second_evaluation():
+    half = every_second_evaluation(RUN)
+    assert half["eval_accuracy"] == {0: 0.2, 8: 0.8} and half["local_kl"] == RUN["local_kl"]
+    # A line from (0, 0.2) to (0.03, 0.8)
+    assert accuracy_within(half, 0.01) == pytest.approx(0.4) and accuracy_within(half, 0.02) == pytest.approx(0.6)
 
 
 def test_at_equal_accuracy():
@@ -66,6 +85,75 @@ def test_interval_is_reproducible_and_narrower_with_less_confidence():
     inner = paired_interval(values, confidence=0.5)
     assert low < inner[0] < inner[1] < high
     assert paired_interval([0.3]) == (0.3, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "freedom", "quantile"),
+    # scipy.stats.t.ppf((1 + confidence) / 2, freedom)
+    [
+        (0.95, 1, 12.706204736432095),
+        (0.95, 2, 4.302652729911275),
+        (0.95, 5, 2.5705818366147395),
+        (0.95, 9, 2.2621571628540993),
+        (0.99, 9, 3.2498355440153697),
+        (0.5, 4, 0.7406970841126825),
+        (0.95, 30, 2.0422724563012373),
+    ],
+)
+def test_quantiles_of_students_distribution(confidence, freedom, quantile):
+    assert student_t_quantile(confidence, freedom) == pytest.approx(quantile, rel=1e-9)
+
+
+def test_t_interval():
+    # A mean of 2 with a standard error of 1 / sqrt(3)
+    half = 4.302652729911275 / math.sqrt(3)
+    assert paired_t_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - half, 2 + half))
+    assert paired_t_interval([0.25] * 4) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="two differences at least"):
+        paired_t_interval([0.3])
+
+
+def test_t_interval_of_few_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    drawn = rng.normal(1.0, 1.0, (500, 6))
+    covered = {
+        interval: np.mean([low <= 1.0 <= high for low, high in map(interval, drawn.tolist())])
+        for interval in (paired_t_interval, lambda values: paired_interval(values, resamples=300))
+    }
+    t, bootstrap = covered.values()
+    # The standard deviation of such a share is 0.01
+    assert abs(t - 0.95) < 0.03 and bootstrap < 0.91
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        ([1.0, 2.0, 3.0], 2 / 8),
+        ([-1.0, -2.0, -3.0], 2 / 8),
+        # Sums of 4 and more in size: +++, -++ and their opposites
+        ([-1.0, 2.0, 3.0], 4 / 8),
+        ([1.0, -1.0], 1.0),
+        ([0.0, 0.0, 0.0], 1.0),
+        ([0.5], 1.0),
+        ([0.1] * 10, 2 / 1024),
+    ],
+)
+def test_sign_flips_by_hand(differences, p):
+    assert sign_flip_p(differences) == p
+
+
+def test_sign_flips_one_by_one():
+    differences = np.random.default_rng(3).normal(0.5, 1.0, 9)
+    flips = np.array(list(itertools.product((1, -1), repeat=9)))
+    means = np.abs((flips * differences).mean(1))
+    # The signs as they are come first
+    assert sign_flip_p(differences.tolist()) == np.mean(means >= means[0] * (1 - 1e-9))
+
+
+@pytest.mark.parametrize("count", [0, 21])
+def test_sign_flips_of_too_few_or_too_many(count):
+    with pytest.raises(ValueError, match=f"1 to 20 seeds: got {count}"):
+        sign_flip_p([0.1] * count)
 
 
 def test_probability_of_improvement():
