@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import math
 
 import pytest
@@ -6,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard
 from support.harness import LORA, make_trainer
 from support.hub import card_errors
 from support.recipe import make_settings, read_metrics, write_config
+from support.repository import ROOT
 from transformers import pipeline
 from trl import GRPOTrainer
 
@@ -99,6 +101,57 @@ def write_card(folder, log_history=(), **kwargs):
 def test_what_is_known_is_said_of_the_methods_that_act(tmp_path, trainer_class, settings, methods):
     trainer = make_trainer(tmp_path, trainer_class=trainer_class, **settings)
     assert [*trainer._card_evidence] == [EVIDENCE[method] for method in methods]
+
+
+def summary_of(folder):
+    return json.loads((ROOT / "results" / folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "pairs"),
+    [
+        ("PROMA", "two to three points better than accumulation-based PROMA", {"proma - grpo": "below"}),
+        (
+            "PROMA",
+            "no different from its projection along the directions of random other sequences, from REINFORCE with "
+            "parameter updates as short as PROMA's, or from REINFORCE.",
+            {"proma - proma_random": "open", "proma - reinforce_matched": "open", "proma - reinforce": "open"},
+        ),
+        ("Intra-PROMA", "no difference was seen between Intra-PROMA and GRPO", {"proma_intra - grpo": "open"}),
+        ("ISOPO", "no different from REINFORCE", {"isopo - reinforce": "open"}),
+        ("ISOPO", "GRPO with a tuned epsilon was better", {"isopo - grpo": "below"}),
+        ("DPPO", "no different from REINFORCE", {"dppo - reinforce": "open"}),
+        ("DPPO", "probably better nearly on-policy", {"dppo - grpo": "below"}),
+    ],
+)
+def test_evidence_is_that_of_the_comparison(method, words, pairs):
+    """By 95% t-intervals, in both regimes if the sentence names both."""
+    assert words in EVIDENCE[method]
+    summary = summary_of("frontier_cpu")
+    both = "nearly on-policy and off-policy" in EVIDENCE[method] and "better nearly on-policy" not in words
+    for pair, verdict in pairs.items():
+        for regime in ("on_policy", "stale") if both else ("on_policy",):
+            found = summary[regime]["pairs"].get(pair)
+            if found is not None:  # random directions, and ISOPO, nearly on-policy alone
+                low, high = found["score_t"]
+                assert ("below" if high < 0 else "open" if low < 0 < high else "above") == verdict, (regime, pair)
+
+
+def test_evidence_of_the_pretrained_model():
+    pairs = summary_of("frontier_smollm2")["pretrained"]["pairs"]
+    for method, arm in (("PROMA", "proma"), ("Intra-PROMA", "proma_intra")):
+        assert "no difference from REINFORCE or GRPO" in EVIDENCE[method]
+        for other in ("reinforce", "grpo"):
+            low, high = pairs[f"{arm} - {other}"]["score_t"]
+            assert low < 0 < high
+
+
+def test_how_many_more_samples_intra_proma_needs():
+    assert "a third more samples to 80% accuracy" in EVIDENCE["Intra-PROMA"]
+    for regime in ("on_policy", "stale"):
+        arms = summary_of("frontier_cpu")[regime]["arms"]
+        ratio = arms["proma_intra"]["completions_to_target"][0] / arms["grpo"]["completions_to_target"][0]
+        assert ratio == pytest.approx(4 / 3, abs=0.03)
 
 
 def test_without_metrics_there_is_no_result(tmp_path):
