@@ -7,7 +7,8 @@ makes the task of docs/protocol.md, trains its policy as one of the comparison's
 learning rate, nearly on-policy, one of the test seeds), and looks at the solutions of the held-out problems before and
 after: how many write their steps, how many are right with and without them, and how many are right if the policy has
 to write them, because its first token must not be the mark of the final answer. Leaves `shown_steps.json`. It takes
-some ten minutes on one CPU core, and goes on from the policies that the output folder has.
+some ten minutes on one CPU core, and goes on from the policies that the output folder has. With another number of
+threads or on another machine rounding may warm-start another policy: `policy` in that file is a hash of its weights.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from proma_trl.recipes.frontier_plan import PRETRAINED, PROTOCOL, read_runs
 from proma_trl.recipes.frontier_report import text_of
 from proma_trl.recipes.frontier_summary import read_regimes, summarize
 
-FIGURE = re.compile(r"(?<![\w.])[−+-]?\d+\.\d+(?:e[−+-]?\d+)?|(?<![\w.,])\d{4}(?![\w,])|\d+ of \d+")
+FIGURE = re.compile(r"(?<![\w.])[−+-]?\d+\.\d+(?:e[−+-]?\d+)?|(?<![\w.,])\d{4}(?!\w|,\d)|\d+ of \d+")
 # A row of a table, by its name and the section that it is in
 ROW_LINK = re.compile(r"\[`([^`]+)`\]\(([^)\s]+\.md)#([^)]+)\)")
 LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
