@@ -12,6 +12,7 @@ from support.repository import ROOT
 from proma_trl.recipes.frontier_plan import PRETRAINED, PROTOCOL, read_runs
 from proma_trl.recipes.frontier_report import text_of
 from proma_trl.recipes.frontier_summary import read_regimes, summarize
+from proma_trl.recipes.shown_steps import table
 
 FIGURE = re.compile(r"(?<![\w.])[−+-]?\d+\.\d+(?:e[−+-]?\d+)?|(?<![\w.,])\d{4}(?!\w|,\d)|\d+ of \d+")
 # A row of a table, by its name and the section that it is in
@@ -33,6 +34,39 @@ def test_tables_of_the_comparison(folder, plan):
     tables, _, _ = rest.partition("<!-- end of tables -->")
     assert tables.strip() == text_of(plan, summary).strip()
     assert rounded(json.loads((folder / "summary.json").read_text())) == rounded(summary)
+
+
+def test_what_the_task_teaches():
+    """The table of recipes/shown_steps.py, and what is said of it."""
+    folder = ROOT / "results" / "frontier_cpu"
+    found = json.loads((folder / "shown_steps.json").read_text())
+    before, after = found["before"], found["after"]
+    section = sections(folder / "README.md")["what-the-task-teaches"]
+    assert table({"before": before, "after": after}) in section
+    known = {f"{value:.3f}" for value in (*before.values(), *after.values(), found["explained"])}
+    prose = section.partition("recipes/shown_steps.py")[2]
+    # Before training every run of the comparison has the same accuracy
+    runs = read_runs(folder / "runs.jsonl.gz").values()
+    (initial,) = {record["curves"]["eval_accuracy"][0] for record in runs}
+    known.add(f"{initial:.3f}")
+    assert set(re.findall(r"0\.\d{3}", prose)) <= known
+    shares = {f"{100 * found[name]:.0f}%" for found in (before, after) for name in found}
+    assert set(re.findall(r"\d+%", prose)) <= shares
+    sentence = (
+        f"{100 * before['forced_greedy_right']:.0f}% before training and {100 * after['forced_greedy_right']:.0f}%"
+    )
+    assert sentence in (ROOT / "README.md").read_text()
+    # Nearly all of the rise is the habit's, and nothing is learned where steps are forced
+    assert found["explained"] - before["right"] > 0.8 * (after["right"] - before["right"])
+    assert after["forced_greedy_right"] <= before["forced_greedy_right"]
+
+
+def test_a_ratio_that_is_quoted():
+    arms = json.loads((ROOT / "results" / "frontier_cpu" / "summary.json").read_text())["sgd_test"]["arms"]
+    ratio = arms["proma"]["local_kl_to_target"][0] / arms["reinforce"]["local_kl_to_target"][0]
+    for name in ("results/frontier_cpu/README.md", "results/ablations_cpu/README.md", "docs/settings.md"):
+        said = re.search(r"(\d\.\d)\s+times\s+REINFORCE's", (ROOT / name).read_text())
+        assert said[1] == f"{ratio:.1f}", name
 
 
 def slug(heading):
