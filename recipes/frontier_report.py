@@ -32,6 +32,7 @@ _REGIMES = {
 _OWN_TABLES = {
     "length_ratio": ("lengths of updates", "Length of its updates, by REINFORCE's", ".3f"),
     "masked": ("trust regions", "Fraction of tokens that it masks", ".1e"),
+    "removed": ("projections", "Length that is removed, by that of what was accumulated", ".3f"),
 }
 # Of the budgets that the figures show, between none and twice the largest
 _POINTS = 41

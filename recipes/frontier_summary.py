@@ -33,8 +33,8 @@ _COUNTERPARTS = {
     "proma_dppo": ("dppo", "proma"),
     "intra_dppo": ("dppo", "proma_intra"),
 }
-# What only arms of one kind log: the controls of step length, and trust regions
-OWN_CURVES = ("length_ratio", "masked")
+# What only arms of one kind log: the controls of step length, trust regions, and projections
+OWN_CURVES = ("length_ratio", "masked", "removed")
 _OVERLAPS = ("update_overlap", "update_tensor_overlap", "update_last_tensor_overlap")
 
 

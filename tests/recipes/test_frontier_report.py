@@ -226,6 +226,7 @@ def test_the_pretrained_model_is_scored_by_its_own_budgets_and_problems():
     ("arm", "curve", "title", "row"),
     [
         ("reinforce_matched", "length_ratio", "lengths of updates", "projection_bound 0.5 | 0.600 [0.600, 0.600] |"),
+        ("proma", "removed", "projections", "projection_bound 0.5 | 0.600 [0.600, 0.600] |"),
         ("dppo", "masked", "trust regions", "divergence_threshold 0.15 | 6.0e-01 [6.0e-01, 6.0e-01] |"),
     ],
 )
