@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import proma_trl
 import proma_trl.sequence_grads.plan
-from proma_trl import PROMAConfig
+from proma_trl import DPPOConfig, DPPOTrainer, PROMAConfig, PROMATrainer
 from proma_trl.trainer.trl_internals import CHECKPOINTING
 
 # Settings of trainers that neither log nor save
@@ -38,6 +38,8 @@ QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
 # As in recipes/gsm8k.py
 ALGORITHMS = ("proma", "proma_intra", "proma_both")
+# What they are measured beside, and the methods that project nothing
+REFERENCE, REINFORCE, DPPO = "grpo", "reinforce", "dppo"
 
 T = TypeVar("T")
 
@@ -68,8 +70,11 @@ def model_shape(arguments: argparse.Namespace) -> Shape:
     )
 
 
-def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The options that benchmarks of whole steps share, with other `defaults` where these are given."""
+def make_parser(description: str, length: Callable[[str], Any] = int, **defaults: Any) -> argparse.ArgumentParser:
+    """
+    The options that benchmarks of whole steps share, with other `defaults` where these are given. `length` reads one
+    of `--lengths`.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model",
@@ -80,12 +85,16 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512], help="tokens per sequence, T")
+    parser.add_argument("--lengths", type=length, nargs="+", default=[128, 256, 512], help="tokens per sequence, T")
     parser.add_argument("--prompt", type=float, default=0.5, help="the prompt's part of the tokens")
     parser.add_argument("--sequences", type=int, default=8, help="sequences per microbatch, k")
     parser.add_argument("--microbatches", type=int, default=4, help="microbatches per optimizer step")
     parser.add_argument(
-        "--algorithm", nargs="+", default=["proma"], choices=ALGORITHMS, help="what is measured beside GRPO"
+        "--algorithm",
+        nargs="+",
+        default=["proma"],
+        choices=(*ALGORITHMS, REINFORCE, DPPO),
+        help="what is measured beside GRPO",
     )
     parser.add_argument("--projection", default="iterative", choices=["iterative", "exact", "none"])
     parser.add_argument("--intra-dim", type=int, default=10, help="dimension of Intra-PROMA's subspaces")
@@ -108,11 +117,20 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
 
 def method_settings(arguments: argparse.Namespace, algorithm: str) -> dict[str, Any]:
     """The settings of `PROMAConfig` that make an algorithm what the options say of it."""
+    if algorithm in (REINFORCE, DPPO):
+        return {"projection": "none", "intra_dim": 0}
     return {
         "projection": "none" if algorithm == "proma_intra" else arguments.projection,
         "projection_memory_budget": arguments.budget,
         "intra_dim": 0 if algorithm == "proma" else arguments.intra_dim,
     }
+
+
+def trainer_classes(algorithm: str) -> tuple[type[GRPOTrainer], type[GRPOConfig]]:
+    """The classes of an algorithm's trainer and configuration."""
+    if algorithm == REFERENCE:
+        return GRPOTrainer, GRPOConfig
+    return (DPPOTrainer, DPPOConfig) if algorithm == DPPO else (PROMATrainer, PROMAConfig)
 
 
 def make_trainer(
@@ -121,9 +139,11 @@ def make_trainer(
     arguments: argparse.Namespace,
     length: int,
     folder: str,
+    reward_func: Callable[..., list[float]] | None = None,
+    rollout_func: Callable[..., dict[str, list]] | None = None,
     **settings: Any,
 ) -> GRPOTrainer:
-    """A trainer of a random Qwen3, dense or a mixture, ready for `train()`."""
+    """A trainer of a random Qwen3, dense or a mixture, for `train()`; without a `reward_func`, rewards are 0."""
     if arguments.general:
         proma_trl.sequence_grads.plan.is_experts = lambda module: False
     vocabulary = {f"token{i}": i for i in range(8)}
@@ -165,11 +185,12 @@ def make_trainer(
     )
     return trainer_class(
         model,
-        lambda completions, **_: [0.0] * len(completions),
+        reward_func or (lambda completions, **_: [0.0] * len(completions)),
         args,
         Dataset.from_dict({"prompt": ["token3"] * 8}),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=arguments.lora, target_modules="all-linear") if arguments.lora else None,
+        rollout_func=rollout_func,
     )
 
 
@@ -191,6 +212,12 @@ def make_prepared_trainer(
         enable(getattr(trainer.args, f"{CHECKPOINTING}_kwargs"))
     trainer.model.train()
     return trainer
+
+
+def make_algorithm_trainer(arguments: argparse.Namespace, length: int, algorithm: str) -> GRPOTrainer:
+    """A trainer of an algorithm, ready for `step`."""
+    settings = {} if algorithm == REFERENCE else method_settings(arguments, algorithm)
+    return make_prepared_trainer(*trainer_classes(algorithm), arguments, length, **settings)
 
 
 def make_inputs(arguments: argparse.Namespace, length: int, seed: int) -> dict[str, torch.Tensor]:
@@ -233,12 +260,17 @@ def step(trainer: GRPOTrainer, microbatches: Sequence[dict[str, torch.Tensor]], 
         trainer.accelerator.gradient_state._set_sync_gradients(i == len(microbatches) - 1)
         loss = trainer.compute_loss(trainer.model, inputs)
         trainer.accelerator.backward(loss)
-    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+    update(trainer)
     elapsed = clock(device) - start
     trainer._metrics["train"].clear()
     return elapsed, torch.cuda.max_memory_allocated() if device == "cuda" else 0
+
+
+def update(trainer: GRPOTrainer) -> None:
+    """What follows the last microbatch of an optimizer step."""
+    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
 
 
 def peak_resident_bytes() -> int:
@@ -341,6 +373,5 @@ def write(arguments: argparse.Namespace, results: list[dict]) -> None:
     if arguments.output is not None:
         settings = {key: value for key, value in vars(arguments).items() if key != "output"}
         environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        arguments.output.write_text(
-            json.dumps({"settings": settings, "environment": environment, "results": results}, indent=2) + "\n"
-        )
+        written = {"settings": settings, "environment": environment, "results": results}
+        arguments.output.write_text(json.dumps(written, indent=2, default=str) + "\n")

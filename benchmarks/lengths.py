@@ -93,6 +93,9 @@ class Lengths:
             ) from None
         return found
 
+    def __str__(self) -> str:
+        return f"lognormal:{self.median:g}:{self.sigma:g}:{self.cap}" if self.sigma else f"constant:{self.cap}"
+
     def draw(self, generator: random.Random) -> int:
         """A number of tokens, from 1 to `cap`."""
         return max(1, min(self.cap, round(self.median * math.exp(self.sigma * generator.gauss(0.0, 1.0)))))

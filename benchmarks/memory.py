@@ -3,6 +3,7 @@ Peak memory of PROMATrainer beside GRPOTrainer's, for the same optimizer steps a
 
     python benchmarks/memory.py --lengths 256
     python benchmarks/memory.py --hidden 576 --vocabulary 49152 --lengths 256 --budget 0.25
+    python benchmarks/memory.py --lengths lognormal:180:0.6:1024 --algorithm proma proma_intra
 
 Each trainer has a process of its own. On a CPU the figure is the process's peak resident memory after the steps, with
 that before the first step taken off. Freed tensors go back to the system at once (by glibc's settings below), so that
@@ -18,52 +19,75 @@ import sys
 
 from common import (
     ALGORITHMS,
+    DPPO,
+    REFERENCE,
+    REINFORCE,
+    make_algorithm_trainer,
     make_microbatches,
-    make_parser,
-    make_prepared_trainer,
-    method_settings,
     peak_resident_bytes,
     step,
     write,
 )
-from trl import GRPOConfig, GRPOTrainer
+from lengths import Lengths
+from rollouts import make_rollout_parser, make_rollout_steps, rollout_variants
 
-from proma_trl import PROMAConfig, PROMATrainer
 
-
-def measure(arguments: argparse.Namespace, length: int) -> int:
+def measure(arguments: argparse.Namespace, length: int | Lengths) -> int:
     """Peak bytes of two optimizer steps of `arguments.worker`, in this process."""
-    if arguments.worker == "grpo":
-        trainer = make_prepared_trainer(GRPOTrainer, GRPOConfig, arguments, length)
+    if isinstance(length, int):
+        trainer = make_algorithm_trainer(arguments, length, arguments.worker)
+        microbatches = make_microbatches(arguments, length)
+
+        def peak_of_step() -> int:
+            return step(trainer, microbatches, arguments.device)[1]
     else:
-        settings = method_settings(arguments, arguments.worker)
-        trainer = make_prepared_trainer(PROMATrainer, PROMAConfig, arguments, length, **settings)
-    microbatches = make_microbatches(arguments, length)
+        variants = rollout_variants(arguments)
+        *key, settings = next(variant for variant in variants if variant[0] == arguments.worker)
+        steps = make_rollout_steps(arguments, length, *key, **settings)
+
+        def peak_of_step() -> int:
+            return steps().peak
+
     before = peak_resident_bytes()
-    peak = max(step(trainer, microbatches, arguments.device)[1] for _ in range(2))
+    peak = max(peak_of_step() for _ in range(2))
     return peak if arguments.device == "cuda" else peak_resident_bytes() - before
 
 
+def variants(arguments: argparse.Namespace, length: int | Lengths) -> list[dict]:
+    """What has a process: algorithms, and on rollouts their layouts and parts of zero advantages."""
+    if isinstance(length, int):
+        return [{"algorithm": name} for name in (REFERENCE, *arguments.algorithm)]
+    names = ("algorithm", "layout", "zero_advantages")
+    return [dict(zip(names, variant, strict=False)) for variant in rollout_variants(arguments)]
+
+
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--worker", choices=["grpo", *ALGORITHMS], help=argparse.SUPPRESS)
+    parser = make_rollout_parser(__doc__)
+    parser.add_argument("--worker", choices=[REFERENCE, *ALGORITHMS, REINFORCE, DPPO], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
-        print(json.dumps({str(length): measure(arguments, length) for length in arguments.lengths}))
+        (length,) = arguments.lengths
+        print(json.dumps(measure(arguments, length)))
         return
 
     results = []
-    print(f"{'T':>6} {'algorithm':>12} {'GiB':>9} {'ratio':>7}")
+    print(f"{'T':>24} {'algorithm':>12} {'layout':>9} {'GiB':>9} {'ratio':>7}")
     for length in arguments.lengths:
-        peaks = {}
-        for algorithm in ("grpo", *arguments.algorithm):
+        reference = None
+        for variant in variants(arguments, length):
+            algorithm, layout = variant["algorithm"], variant.get("layout", "")
             command = [sys.executable, *sys.argv, "--lengths", str(length), "--worker", algorithm]
+            if layout:
+                command += ["--layout", layout, "--zero-advantages", str(variant["zero_advantages"])]
             environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
             run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-            peaks[algorithm] = json.loads(run.stdout.splitlines()[-1])[str(length)]
-            ratio = peaks[algorithm] / peaks["grpo"]
-            results.append({"length": length, "algorithm": algorithm, "peak_bytes": peaks[algorithm], "ratio": ratio})
-            print(f"{length:>6} {algorithm:>12} {peaks[algorithm] / 2**30:>9.3f} {ratio:>7.3f}", flush=True)
+            peak = json.loads(run.stdout.splitlines()[-1])
+            reference = reference or peak
+            written = length if isinstance(length, int) else str(length)
+            results.append({"length": written, **variant, "peak_bytes": peak, "ratio": peak / reference})
+            print(
+                f"{length!s:>24} {algorithm:>12} {layout:>9} {peak / 2**30:>9.3f} {peak / reference:>7.3f}", flush=True
+            )
     write(arguments, results)
 
 

@@ -61,11 +61,12 @@ import trl.kernels.chunked_logprob as chunked_logprob
 import trl.trainer.utils as trl_utils
 from common import (
     ALGORITHMS,
+    REFERENCE,
+    REINFORCE,
+    make_algorithm_trainer,
     make_inputs,
     make_parser,
-    make_prepared_trainer,
     median_ratio,
-    method_settings,
     step,
     take_turns,
     write,
@@ -75,14 +76,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from proma_trl import PROMAConfig, PROMATrainer, devices
+from proma_trl import devices
 from proma_trl.torch_internals import backward_runs
 
 aten = torch.ops.aten
 
-REFERENCE, REINFORCE = "grpo", "reinforce"
 PAGE = 32 * 1024
 # Elements of tensors of integers that are computed, and not only counted
 _SMALL = 2**24
@@ -535,14 +535,9 @@ def make_full_inputs(arguments: argparse.Namespace, length: int, seed: int) -> d
     return inputs
 
 
-def make_algorithm_trainer(arguments: argparse.Namespace, length: int, algorithm: str) -> GRPOTrainer:
+def make_checked_trainer(arguments: argparse.Namespace, length: int, algorithm: str) -> GRPOTrainer:
     """A prepared trainer of an algorithm, whose checks of the first microbatch are over."""
-    if algorithm == REFERENCE:
-        return make_prepared_trainer(GRPOTrainer, GRPOConfig, arguments, length)
-    settings = {"projection": "none", "intra_dim": 0}
-    if algorithm != REINFORCE:
-        settings = method_settings(arguments, algorithm)
-    trainer = make_prepared_trainer(PROMATrainer, PROMAConfig, arguments, length, **settings)
+    trainer = make_algorithm_trainer(arguments, length, algorithm)
     trainer._checked = True
     return trainer
 
@@ -563,7 +558,7 @@ def count_step(
     # Inputs are real, so that what depends on masks is known
     first, other = (make_full_inputs(arguments, length, seed) for seed in range(2))
     with counting(on_gpu, None if cache_bytes is None else Cache(cache_bytes)) as counter:
-        trainer = make_algorithm_trainer(arguments, length, algorithm)
+        trainer = make_checked_trainer(arguments, length, algorithm)
         counter.take()
 
         def microbatch(inputs: dict[str, torch.Tensor], is_last: bool) -> Counter[Kernel]:
@@ -715,7 +710,7 @@ def measure_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 name: modelled_seconds(count_step(case, length, name, on_gpu=False), device) for name in algorithms
             }
             microbatches = [make_full_inputs(case, length, seed) for seed in range(case.microbatches)]
-            trainers = {name: make_algorithm_trainer(case, length, name) for name in algorithms}
+            trainers = {name: make_checked_trainer(case, length, name) for name in algorithms}
             steps = {name: partial(step, trainer, microbatches, "cpu") for name, trainer in trainers.items()}
             taken = take_turns(steps, arguments.repeats)
         seconds = {name: [elapsed for elapsed, _ in turns] for name, turns in taken.items()}

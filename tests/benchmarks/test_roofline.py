@@ -264,7 +264,7 @@ def test_every_microbatch_counts():
 def test_a_fake_step_has_the_kernels_of_a_real_one():
     case = small_case(bf16=False)
     want = roofline.count_step(case, LENGTH, "grpo", on_gpu=False)
-    trainer = roofline.make_algorithm_trainer(case, LENGTH, "grpo")
+    trainer = roofline.make_checked_trainer(case, LENGTH, "grpo")
     microbatches = [roofline.make_full_inputs(case, LENGTH, seed) for seed in range(2)]
     roofline.step(trainer, microbatches, "cpu")
     with KernelCounter() as counter:
