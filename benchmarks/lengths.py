@@ -101,6 +101,11 @@ class Lengths:
         return max(1, min(self.cap, round(self.median * math.exp(self.sigma * generator.gauss(0.0, 1.0)))))
 
 
+def tokens(text: str) -> int | Lengths:
+    """A number of tokens, or a distribution of them."""
+    return int(text) if text.isdecimal() else Lengths.parse(text)
+
+
 def draw_rollout(completions: Lengths, prompts: Lengths, sequences: int, group: int, seed: int) -> list[Tokens]:
     """
     The sequences of a rollout, a group after the other.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from common import REFERENCE, clock, make_parser, make_prepared_trainer, method_settings, trainer_classes, update
-from lengths import PROMPT_LENGTHS, Lengths, draw_rollout, real_tokens
+from lengths import PROMPT_LENGTHS, Lengths, draw_rollout, real_tokens, tokens
 from trl import GRPOTrainer
 
 from proma_trl import PROMAConfig
@@ -30,11 +30,6 @@ LAYOUTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 T = TypeVar("T")
-
-
-def tokens(text: str) -> int | Lengths:
-    """A number of tokens, or a distribution of them."""
-    return int(text) if text.isdecimal() else Lengths.parse(text)
 
 
 def make_rollout_parser(description: str) -> argparse.ArgumentParser:

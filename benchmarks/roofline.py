@@ -5,6 +5,7 @@ Modelled time of a whole optimizer step on a GPU, beside GRPOTrainer's, counted 
     python benchmarks/roofline.py --device a100 h100 h200 --model 0.6B 8B --grid 512:8 1024:8 --algorithm proma
     python benchmarks/roofline.py --kernels
     python benchmarks/roofline.py --measure
+    python benchmarks/roofline.py --extrapolate --model 0.6B 8B --lengths lognormal:180:0.6:1024 --algorithm proma
 
 The trainers are the real ones. They run on fake tensors, which have shapes and no memory, and the package takes a
 GPU's branches. Every kernel that PyTorch is asked for is counted, with its operations and its bytes. `reinforce` is
@@ -35,12 +36,20 @@ PROMATrainer with nothing to project. The assumptions:
   Gradient checkpointing is off without `--checkpointing`, though TRL's default is on.
 - Copies between host and device are not modelled. Nothing runs out of memory.
 
+With a distribution of lengths, microbatches are those of an optimizer step on a rollout of 1,024 sequences, in the
+layouts of `lengths.py`, and in a random order. Ratios are to GRPOTrainer's padded step. Where there is padding,
+attention works on the whole square, as with the mask that it is given then, and the head scores real tokens alone, as
+TRL's does on CUDA. Where all microbatches of a layout are as wide, those between the first and the last are alike. A
+packed step is counted as one whose sequences are all as long as their mean, with the attention of the true ones: each
+sequence attends to itself alone.
+
 `--measure` does the same for the running CPU, whose peak and bandwidth it measures, with the branches that the package
 takes there, and runs real steps of a small model in float32 beside it. That says how far the model can be trusted
 where both can be had.
 """
 
 import argparse
+import random
 import sys
 import time
 from collections import Counter, OrderedDict
@@ -71,6 +80,7 @@ from common import (
     take_turns,
     write,
 )
+from lengths import LAYOUTS, PROMPT_LENGTHS, Lengths, Tokens, draw_rollout, real_tokens, tokens
 from shapes import SHAPES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -542,11 +552,103 @@ def make_checked_trainer(arguments: argparse.Namespace, length: int, algorithm: 
     return trainer
 
 
+def make_rollout_inputs(
+    microbatch: Sequence[Tokens], widths: tuple[int, int], vocabulary: int, num_items: int
+) -> dict[str, torch.Tensor]:
+    """A microbatch of sequences as TRL pads them, to `widths` of prompts and completions, of a step of `num_items`."""
+    prompts, completions = (torch.tensor(x).unsqueeze(1) for x in zip(*microbatch, strict=True))
+    generator, k = torch.Generator().manual_seed(0), len(microbatch)
+    ids = torch.randint(3, vocabulary, (k, sum(widths)), generator=generator)
+    return {
+        "prompt_ids": ids[:, : widths[0]],
+        "prompt_mask": (torch.arange(widths[0]) >= widths[0] - prompts).long(),
+        "completion_ids": ids[:, widths[0] :],
+        "completion_mask": (torch.arange(widths[1]) < completions).long(),
+        "advantages": torch.randn(k, generator=generator),
+        "num_items_in_batch": torch.tensor(num_items),
+    }
+
+
+class RolloutStep(NamedTuple):
+    """
+    An optimizer step on a rollout.
+
+    Args:
+        microbatches (`list[list[Tokens]]`): Their sequences.
+        widths (`list[tuple[int, int]]`): Their columns of prompts and of completions.
+        num_tokens (`int`): Real tokens.
+        attention (`float`): What attention takes, by what it takes for these microbatches.
+    """
+
+    microbatches: list[list[Tokens]]
+    widths: list[tuple[int, int]]
+    num_tokens: int
+    attention: float = 1.0
+
+    @property
+    def positions(self) -> float:
+        """Positions for each real token."""
+        pairs = zip(self.microbatches, self.widths, strict=True)
+        return sum(len(part) * sum(width) for part, width in pairs) / self.num_tokens
+
+
+def rollout_step(
+    completions: Lengths, prompts: Lengths, layout: str, sequences: int, microbatches: int
+) -> RolloutStep:
+    """The first optimizer step on a rollout of 1,024 sequences, or of one step's where these are more."""
+    size = sequences * microbatches
+    rollout = draw_rollout(completions, prompts, max(1024 // size, 1) * size, sequences, seed=0)
+    random.Random(0).shuffle(rollout)
+    step = rollout[:size]
+    real = real_tokens(step)
+    if layout == "packed":
+        mean = Tokens(*(max(1, round(sum(x) / size)) for x in zip(*step, strict=True)))
+        attention = sum(sum(x) ** 2 for x in step) / (size * sum(mean) ** 2)
+        return RolloutStep([[mean] * sequences] * microbatches, [tuple(mean)] * microbatches, real, attention)
+    parts = LAYOUTS[layout](step, microbatches)
+    random.Random(1).shuffle(parts)
+    if layout == "aligned":
+        # Columns of the shortest prompt are prompts' in all rows, and what follows counts as completions
+        shortest = [min(x.prompt for x in part) for part in parts]
+        parts = [[Tokens(n, sum(x) - n) for x in part] for n, part in zip(shortest, parts, strict=True)]
+    wholes = [rollout] * microbatches if layout == "padded" else parts
+    widths = [(max(x.prompt for x in whole), max(x.completion for x in whole)) for whole in wholes]
+    return RolloutStep(parts, widths, real)
+
+
+def count_rollout_step(arguments: argparse.Namespace, step: RolloutStep, algorithm: str) -> Counter[Kernel]:
+    """
+    The kernels of an optimizer step on a rollout, on a GPU.
+
+    Args:
+        arguments (`argparse.Namespace`): Options of `common.make_parser`, with a `device` of `"cpu"`.
+        step ([`RolloutStep`]): The step.
+        algorithm (`str`): One of `ALGORITHMS`, `"reinforce"` or `"grpo"`.
+    """
+    num_items = sum(x.completion for part in step.microbatches for x in part)
+    inputs = [
+        make_rollout_inputs(part, width, arguments.vocabulary, num_items)
+        for part, width in zip(step.microbatches, step.widths, strict=True)
+    ]
+    if len(set(step.widths)) == 1:
+        inputs = [inputs[0], *[inputs[len(inputs) // 2]] * (len(inputs) - 2), inputs[-1]]
+    length = max(map(sum, step.widths))
+    kernels = count_microbatches(arguments, length, algorithm, inputs, True, None)
+    return Counter(
+        {
+            kernel._replace(operations=round(step.attention * kernel.operations))
+            if kernel.name in _ATTENTION
+            else kernel: count
+            for kernel, count in kernels.items()
+        }
+    )
+
+
 def count_step(
     arguments: argparse.Namespace, length: int, algorithm: str, on_gpu: bool = True, cache_bytes: int | None = None
 ) -> Counter[Kernel]:
     """
-    The kernels of an optimizer step.
+    The kernels of an optimizer step on sequences of one length.
 
     Args:
         arguments (`argparse.Namespace`): Options of `common.make_parser`, with a `device` of `"cpu"`.
@@ -555,25 +657,40 @@ def count_step(
         on_gpu (`bool`): Whether the branches for GPUs are taken.
         cache_bytes (`int`, *optional*): Capacity of a cache.
     """
-    # Inputs are real, so that what depends on masks is known
     first, other = (make_full_inputs(arguments, length, seed) for seed in range(2))
+    inputs = [first, *[other] * (arguments.microbatches - 1)] if arguments.microbatches > 1 else [other]
+    return count_microbatches(arguments, length, algorithm, inputs, on_gpu, cache_bytes)
+
+
+def count_microbatches(
+    arguments: argparse.Namespace,
+    length: int,
+    algorithm: str,
+    microbatches: Sequence[dict[str, torch.Tensor]],
+    on_gpu: bool,
+    cache_bytes: int | None,
+) -> Counter[Kernel]:
+    """
+    The kernels of an optimizer step on these microbatches. They are real tensors, so that what depends on masks is
+    known. The same one again, neither first nor last, is counted once.
+    """
     with counting(on_gpu, None if cache_bytes is None else Cache(cache_bytes)) as counter:
         trainer = make_checked_trainer(arguments, length, algorithm)
         counter.take()
 
-        def microbatch(inputs: dict[str, torch.Tensor], is_last: bool) -> Counter[Kernel]:
+        def count(inputs: dict[str, torch.Tensor], is_last: bool) -> Counter[Kernel]:
             trainer.accelerator.gradient_state._set_sync_gradients(is_last)
             loss = trainer.compute_loss(trainer.model, inputs)
             trainer.accelerator.backward(loss)
             return counter.take()
 
         total: Counter[Kernel] = Counter()
-        if arguments.microbatches > 1:
-            total += microbatch(first, is_last=False)
-        if arguments.microbatches > 2:
-            for kernel, count in microbatch(other, is_last=False).items():
-                total[kernel] += (arguments.microbatches - 2) * count
-        total += microbatch(other, is_last=True)
+        kernels: Counter[Kernel] = Counter()
+        last = len(microbatches) - 1
+        for i, inputs in enumerate(microbatches):
+            if not (1 < i < last and inputs is microbatches[i - 1]):
+                kernels = count(inputs, is_last=i == last)
+            total += kernels
         trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
         total += counter.take()
         trainer.optimizer.step()
@@ -637,7 +754,12 @@ def most_expensive(kernels: Counter[Kernel], device: Device, count: int = 10) ->
 
 
 def count_model(
-    arguments: argparse.Namespace, model: str, length: int, sequences: int, algorithm: str, device: str
+    arguments: argparse.Namespace,
+    model: str,
+    length: int | RolloutStep,
+    sequences: int,
+    algorithm: str,
+    device: str,
 ) -> Counter[Kernel]:
     """The kernels of a step of a model and an algorithm on a device, by the command line's options."""
     on_gpu = device != "cpu"
@@ -657,6 +779,8 @@ def count_model(
     def count(layers: int) -> Counter[Kernel]:
         case.layers = layers
         with redirect_stdout(sys.stderr):  # the table alone goes to the output
+            if isinstance(length, RolloutStep):
+                return count_rollout_step(case, length, algorithm)
             return count_step(case, length, algorithm, on_gpu, cache)
 
     return extrapolated(count(1), count(2), layers) if arguments.extrapolate else count(layers)
@@ -691,6 +815,41 @@ def model_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 row = f"{name:>6} {model:>6} {length:>6} {sequences:>3} {algorithm:>12}"
                 print(f"{row} {seconds * 1e3:>10.2f} {ratio:>7.3f}", flush=True)
                 details.append(f"{' '.join(row.split())}\n{most_expensive(kernels, DEVICES[name])}")
+    if arguments.kernels:
+        print("\n" + "\n\n".join(details))
+    return results
+
+
+def rollout_model_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print the table of modelled steps on rollouts, and return its rows."""
+    results, details = [], []
+    columns = f"{'algorithm':>12} {'layout':>9} {'positions':>10} {'ms':>10} {'ratio':>7}"
+    print(f"{'device':>6} {'model':>6} {'T':>24} {columns}")
+    for model, lengths in product(arguments.model, arguments.lengths):
+        reference: dict[str, float] = {}
+        pairs = [(REFERENCE, "padded"), *product(arguments.algorithm, arguments.layout)]
+        for algorithm, layout in pairs:
+            step = rollout_step(lengths, arguments.prompt_lengths, layout, arguments.sequences, arguments.microbatches)
+            kernels = count_model(arguments, model, step, arguments.sequences, algorithm, arguments.device[0])
+            for device in arguments.device:
+                seconds = modelled_seconds(kernels, DEVICES[device])
+                ratio = seconds / reference.setdefault(device, seconds)
+                results.append(
+                    {
+                        "device": device,
+                        "model": model,
+                        "length": str(lengths),
+                        "sequences": arguments.sequences,
+                        "algorithm": algorithm,
+                        "layout": layout,
+                        "positions": step.positions,
+                        "seconds": seconds,
+                        "ratio": ratio,
+                    }
+                )
+                row = f"{device:>6} {model:>6} {lengths!s:>24} {algorithm:>12} {layout:>9}"
+                print(f"{row} {step.positions:>10.2f} {seconds * 1e3:>10.2f} {ratio:>7.3f}", flush=True)
+                details.append(f"{' '.join(row.split())}\n{most_expensive(kernels, DEVICES[device])}")
     if arguments.kernels:
         print("\n" + "\n\n".join(details))
     return results
@@ -761,14 +920,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", action="store_true", help="with an L2 cache")
     parser.add_argument("--kernels", action="store_true", help="list the most expensive kernels")
     parser.add_argument("--measure", action="store_true", help="compare model and measurement on this CPU")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512], help="T, with --measure")
+    parser.add_argument(
+        "--lengths", type=tokens, nargs="+", help="distributions of completions' lengths, or numbers with --measure"
+    )
+    parser.add_argument("--prompt-lengths", type=Lengths.parse, default=PROMPT_LENGTHS, help="with --lengths")
+    parser.add_argument("--layout", nargs="+", default=list(LAYOUTS), choices=LAYOUTS, help="with --lengths")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences of a microbatch, with --lengths")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     settings = parser.parse_args(arguments)
     if settings.extrapolate and settings.cache:
         parser.error("What a cache holds does not grow in proportion to the layers.")
     if settings.measure:
+        settings.lengths = settings.lengths or [128, 256, 512]
+    if any(isinstance(x, Lengths) == settings.measure for x in settings.lengths or ()):
+        parser.error("--lengths takes distributions, such as lognormal:180:0.6:1024, and with --measure numbers.")
+    if settings.lengths and not settings.measure and (settings.cache or "cpu" in settings.device):
+        parser.error("--lengths models a step on GPUs, without --cache.")
+    if settings.measure:
         results = measure_steps(settings)
+    elif settings.lengths:
+        results = rollout_model_steps(settings)
     else:
         if "cpu" in settings.device:
             DEVICES["cpu"] = measured_cpu()

@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import lengths  # noqa: E402
 import roofline  # noqa: E402
 from common import Shape, make_parser, model_shape  # noqa: E402
 from roofline import Cache, Device, Kernel, KernelCounter, Region  # noqa: E402
@@ -299,3 +300,81 @@ def test_it_prints_a_table(capsys, tmp_path):
         "seconds": pytest.approx(float(rows[1][5]) / 1e3, rel=1e-3),
         "ratio": 1.0,
     }
+
+
+COMPLETIONS, PROMPTS = lengths.Lengths(20.0, 0.7, 64), lengths.Lengths(8.0, 0.3, 16)
+
+
+def rollout_step(layout):
+    return roofline.rollout_step(COMPLETIONS, PROMPTS, layout, sequences=4, microbatches=3)
+
+
+def test_steps_on_rollouts():
+    """Each layout holds the same tokens, and its positions are those that `lengths.py` counts."""
+    rollout = lengths.draw_rollout(COMPLETIONS, PROMPTS, 1020, 4, seed=0)
+    for layout in lengths.LAYOUTS:
+        step = rollout_step(layout)
+        assert len(step.microbatches) == 3
+        real = lengths.real_tokens([x for part in step.microbatches for x in part])
+        if layout == "packed":
+            assert real == pytest.approx(step.num_tokens, rel=0.05) and step.attention > 1.05
+            continue
+        counted = lengths.step_positions(rollout, layout, 12, 4, seed=0)[0]
+        assert real == step.num_tokens and step.attention == 1.0
+        assert step.positions * real == pytest.approx(sum(counted))
+
+
+def test_inputs_of_a_rollout():
+    sequences = [lengths.Tokens(2, 3), lengths.Tokens(3, 1)]
+    inputs = roofline.make_rollout_inputs(sequences, (4, 5), 320, 40)
+    assert inputs["prompt_mask"].tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
+    assert inputs["completion_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+    assert inputs["prompt_ids"].shape == (2, 4) and inputs["completion_ids"].shape == (2, 5)
+    assert inputs["num_items_in_batch"] == 40
+
+
+def test_products_of_a_step_on_a_rollout():
+    """All positions go through the layers, and the real tokens of completions through the head."""
+    case = small_case(microbatches=3)
+    shape = model_shape(case)
+    wide, narrow = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    layer = shape.hidden * (2 * wide + 2 * narrow) + 3 * shape.hidden * shape.intermediate
+    for layout in ("padded", "ordered"):
+        step = rollout_step(layout)
+        scored = sum(x.completion for part in step.microbatches for x in part)
+        head = 4 * 2 * shape.vocabulary * shape.hidden
+        positions = sum(4 * sum(width) for width in step.widths)
+        want = 3 * 2 * layer * shape.layers * positions + head * scored
+        assert product_operations(roofline.count_rollout_step(case, step, "grpo")) == pytest.approx(want, rel=0.03)
+
+
+def test_attention_of_packed_sequences():
+    case = small_case(microbatches=3)
+    step = rollout_step("packed")
+    found, plain = (roofline.count_rollout_step(case, x, "grpo") for x in (step, step._replace(attention=1.0)))
+
+    def operations(kernels):
+        return sum(count * x.operations for x, count in kernels.items() if x.name in roofline._ATTENTION)
+
+    assert operations(found) == pytest.approx(step.attention * operations(plain), rel=1e-3)
+    assert product_operations(found) == product_operations(plain)
+
+
+def test_it_prints_a_table_of_lengths(capsys, tmp_path):
+    options = ["--lengths", "lognormal:6:0.5:16", "--prompt-lengths", "constant:4", "--layers", "1"]
+    options += ["--sequences", "2", "--microbatches", "2", "--algorithm", "reinforce", "--layout", "padded", "ordered"]
+    roofline.main([*options, "--output", str(tmp_path / "roofline.json")])
+    head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head == ["device", "model", "T", "algorithm", "layout", "positions", "ms", "ratio"]
+    assert [row[3:5] for row in rows] == [["grpo", "padded"], ["reinforce", "padded"], ["reinforce", "ordered"]]
+    results = json.loads((tmp_path / "roofline.json").read_text())["results"]
+    assert results[0]["length"] == "lognormal:6:0.5:16" and results[0]["ratio"] == 1.0
+    assert results[2]["positions"] <= results[1]["positions"] == results[0]["positions"]
+    assert results[1]["ratio"] == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize("options", [["--lengths", "256"], ["--measure", "--lengths", "lognormal:6:0.5:16"]])
+def test_lengths_that_do_not_fit_the_mode(options, capsys):
+    with pytest.raises(SystemExit):
+        roofline.main(options)
+    assert "--lengths takes distributions" in capsys.readouterr().err
