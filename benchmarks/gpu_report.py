@@ -37,9 +37,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "triton", "vllm", "pytest", "proma-trl")
 ALGORITHMS = ("proma", "proma_intra", "proma_both")
-NAMES = ("environment", "tests", "tests_two_gpus", "step_time", "memory", "model", "recipe")
+NAMES = ("environment", "tests", "tests_two_gpus", "step_time", "memory", "model", "lengths", "recipe")
 # Microbatches of an optimizer step, measured and modelled
 MICROBATCHES = 16
+
+# Completions like GSM8K's
+LENGTHS = "lognormal:180:0.6:1024"
+
+LENGTHS_NOTE = (
+    f"Rollouts with lengths of completions drawn from {LENGTHS}. Positions are those that the model runs on for each "
+    "real token. Ratios are to GRPO, which is padded"
+)
 
 MODEL_NOTE = (
     "The model counts the same optimizer step, but scores all tokens of all completions. Measured completions end "
@@ -358,6 +366,29 @@ def benchmark_commands(
     return commands
 
 
+def lengths_commands(arguments: argparse.Namespace, folder: Path) -> list[Command]:
+    """Steps and memory on rollouts, padded and in the trainer's layout, with no more than three models at a time."""
+    if arguments.dry_run:
+        options = ["--lengths", "lognormal:12:0.6:32", "--hidden", "64", "--layers", "1", "--vocabulary", "256"]
+        options += ["--device", "cpu", "--sequences", "4", "--microbatches", "2", "--repeats", "1"]
+    else:
+        options = ["--lengths", LENGTHS, "--bf16", "--model", "0.6B", "--sequences", "8"]
+        options += ["--microbatches", str(MICROBATCHES)]
+    options += ["--layout", "padded", "ordered"]
+    commands = []
+    for script, field in (("step_time", "seconds"), ("memory", "peak_bytes")):
+        fields = ("algorithm", "layout", field, "ratio", *(("positions",) if script == "step_time" else ()))
+        for algorithm in ("proma", "proma_intra"):
+            output = folder / f"lengths_{script}_{algorithm}.json"
+            commands.append(
+                Command(
+                    [f"benchmarks/{script}.py", *options, "--algorithm", algorithm, "--output", str(output)],
+                    lambda output=output, fields=fields: read_results(output, fields),
+                )
+            )
+    return commands
+
+
 def recipe_commands(arguments: argparse.Namespace, folder: Path) -> tuple[list[Command], str | None]:
     """The recipe, and what is not as in its file of settings."""
     launch = ["-m", "accelerate.commands.launch"]
@@ -445,6 +476,7 @@ def make_parts(arguments: argparse.Namespace, gpus: Sequence[Mapping[str, Any]] 
         Part("step_time", "Step time", steps, one, 60),
         Part("memory", "Peak memory", memory, one, 60),
         Part("model", "The model beside the measurement", modelled, one, 60, no_sheet, MODEL_NOTE),
+        Part("lengths", "Real lengths", lengths_commands(arguments, folder), one, 60, None, LENGTHS_NOTE),
         Part("recipe", "The recipe", recipe, one, arguments.recipe_minutes, None, recipe_note),
     ]
     return [replace(part, skip="--skip") if part.name in arguments.skip else part for part in parts]
@@ -542,6 +574,22 @@ def render_memory(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     return render_beside_grpo("Peak, GiB", lambda row: f"{row['peak_bytes'] / 2**30:.2f}", found)
 
 
+def render_lengths(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Seconds, positions and memory of steps on rollouts."""
+
+    def shown(row: Mapping[str, Any]) -> str:
+        if "seconds" in row:
+            return f"{row['seconds']:.3f} s"
+        return f"{row['peak_bytes'] / 2**30:.2f} GiB"
+
+    rows = [
+        [row["algorithm"], row["layout"], number(row.get("positions")), shown(row), f"{row['ratio']:.3f}"]
+        for benchmark in found
+        for row in benchmark
+    ]
+    return markdown_table(["Algorithm", "Layout", "Positions a token", "A step, or its peak", "Ratio to GRPO"], rows)
+
+
 def render_recipe(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """The first and the last logged step."""
     lines = []
@@ -581,6 +629,7 @@ RENDERERS: Mapping[str, Callable[[Sequence[Any]], list[str]]] = {
     "tests_two_gpus": render_tests,
     "step_time": render_step_time,
     "memory": render_memory,
+    "lengths": render_lengths,
     "recipe": render_recipe,
 }
 

@@ -21,8 +21,8 @@ step takes `--step` of its sequences, `--microbatch` at a time. The layouts:
 `--ranks` draws a rollout for each rank. A rank that has fewer positions than another waits for it: once in an
 optimizer step where gradients are reduced after the last microbatch (DDP), in every microbatch where parameters are
 gathered (ZeRO-3, FSDP2). The columns are the positions of the rank that all wait for, by the mean over ranks.
-Microbatches come in a random order, the same on all ranks, or each rank has an order of its own. Time is taken to be
-proportional to positions.
+Microbatches come in a random order: the same on all ranks, or another on each. Time is taken to be proportional to
+positions.
 """
 
 import argparse
@@ -332,7 +332,7 @@ def mean_waits(
             ]
             found.setdefault(name, []).append(waits(steps, seed))
             if name in ("ordered", "balanced"):
-                found.setdefault(f"{name}, own order", []).append(waits(steps, seed, same_order=False))
+                found.setdefault(f"{name}, other orders", []).append(waits(steps, seed, same_order=False))
     return {name: tuple(map(statistics.mean, zip(*values, strict=True))) for name, values in found.items()}
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from support.recipe import ROOT
@@ -16,6 +17,7 @@ from proma_trl.recipes.training import make_parser
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
 import gpu_report
+import rollouts
 from gpu_report import Command, NothingRanError, Part
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "memory_gib": 79.1, "budget_gib": 9.89}
@@ -287,6 +289,35 @@ def test_commands_of_benchmarks(name):
     assert commands[0].arguments[-1] != commands[1].arguments[-1]
 
 
+def test_commands_on_rollouts():
+    """GPUs hold GRPO's model and two more."""
+    commands = parts_for([H100])["lengths"].commands
+    found = []
+    for command in commands:
+        script, *options = command.arguments
+        arguments = rollouts.make_rollout_parser("").parse_args(options)
+        assert str(arguments.lengths[0]) == gpu_report.LENGTHS and arguments.layout == ["padded", "ordered"]
+        assert arguments.bf16 and arguments.model == "0.6B" and arguments.microbatches == 16
+        found.append((script, *arguments.algorithm))
+    assert found == [
+        ("benchmarks/step_time.py", "proma"),
+        ("benchmarks/step_time.py", "proma_intra"),
+        ("benchmarks/memory.py", "proma"),
+        ("benchmarks/memory.py", "proma_intra"),
+    ]
+    assert len({command.arguments[-1] for command in commands}) == 4
+
+
+def test_results_on_rollouts(tmp_path):
+    step, memory = (gpu_report.lengths_commands(gpu_report.parse([]), tmp_path)[i] for i in (0, 2))
+    row = {"length": gpu_report.LENGTHS, "algorithm": "proma", "layout": "ordered", "ratio": 0.25}
+    Path(step.arguments[-1]).write_text(json.dumps({"results": [{**row, "seconds": 1.5, "positions": 1.21}]}))
+    Path(memory.arguments[-1]).write_text(json.dumps({"results": [{**row, "peak_bytes": 2**30}]}))
+    rendered = "\n".join(gpu_report.render_lengths([step.read(), memory.read()]))
+    assert "| proma | ordered | 1.21 | 1.500 s | 0.250 |" in rendered
+    assert "| proma | ordered | – | 1.00 GiB | 0.250 |" in rendered
+
+
 @pytest.mark.parametrize("has_vllm", [False, True])
 def test_command_of_the_recipe(has_vllm, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name: has_vllm or None)
@@ -351,6 +382,7 @@ def test_dry_run(tmp_path):
     assert [row["algorithm"] for row in peaks] == ["grpo", "proma", "proma_intra"]
     assert all(row["peak_bytes"] > 0 for row in peaks)
     assert [row["algorithm"] for row in report["comparison"]] == ["grpo", "proma", "proma_intra"]
+    assert {row["algorithm"] for shape in parts["lengths"] for row in shape} == {"grpo", "proma", "proma_intra"}
     (trained,) = parts["recipe"]
     assert (trained["first"]["step"], trained["last"]["step"]) == (1, 2)
     assert all(0 < trained[step]["projection/norm_ratio"] <= 1 for step in ("first", "last"))
@@ -359,7 +391,14 @@ def test_dry_run(tmp_path):
     text = path.with_suffix(".md").read_text()
     assert "## Failures\n\nNone." in text and "A dry run on a CPU" in text
     assert "- Tests on one GPU: all " in text and "needs two CUDA devices" in text
-    for title in ("Environment", "Step time", "Peak memory", "The model beside the measurement", "The recipe"):
+    for title in (
+        "Environment",
+        "Step time",
+        "Peak memory",
+        "The model beside the measurement",
+        "Real lengths",
+        "The recipe",
+    ):
         assert f"## {title}\n" in text
     for place in (str(tmp_path), str(ROOT), sys.prefix):
         assert place not in text + path.read_text()

@@ -142,4 +142,4 @@ def test_command(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lengths.py", "--lengths", "constant:20", "--ranks", "2", *sizes])
     lengths.main()
     printed = capsys.readouterr().out
-    assert "completions constant:20" in printed and "ordered, own order" in printed
+    assert "completions constant:20" in printed and "ordered, other orders" in printed
