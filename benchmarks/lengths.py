@@ -352,13 +352,13 @@ def main() -> None:
     for lengths, prompt_lengths in cases:
         print(f"completions {lengths}, prompts {prompt_lengths}")
         if arguments.ranks is None:
-            print(f"{'layout':>20} {'positions a real token':>24} {'largest microbatch':>20}")
+            print(f"{'layout':>24} {'positions a real token':>24} {'largest microbatch':>20}")
             for name, (ratio, peak) in mean_positions(lengths, prompt_lengths, *sizes).items():
-                print(f"{name:>20} {ratio:>24.2f} {peak:>20.2f}")
+                print(f"{name:>24} {ratio:>24.2f} {peak:>20.2f}")
         else:
-            print(f"{'layout':>20} {'waiting once a step':>20} {'in every microbatch':>20}")
+            print(f"{'layout':>24} {'waiting once a step':>20} {'in every microbatch':>20}")
             for name, (once, always) in mean_waits(lengths, prompt_lengths, *sizes, arguments.ranks).items():
-                print(f"{name:>20} {once:>20.3f} {always:>20.3f}")
+                print(f"{name:>24} {once:>20.3f} {always:>20.3f}")
 
 
 if __name__ == "__main__":
