@@ -633,6 +633,7 @@ def count_rollout_step(arguments: argparse.Namespace, step: RolloutStep, algorit
     if len(set(step.widths)) == 1:
         inputs = [inputs[0], *[inputs[len(inputs) // 2]] * (len(inputs) - 2), inputs[-1]]
     length = max(map(sum, step.widths))
+    arguments = argparse.Namespace(**vars(arguments) | {"sequences": max(map(len, step.microbatches))})
     kernels = count_microbatches(arguments, length, algorithm, inputs, True, None)
     return Counter(
         {
