@@ -349,28 +349,30 @@ def test_products_of_a_step_on_a_rollout():
 
 
 def test_attention_of_packed_sequences():
-    case = small_case(microbatches=3)
-    step = rollout_step("packed")
-    found, plain = (roofline.count_rollout_step(case, x, "grpo") for x in (step, step._replace(attention=1.0)))
-
-    def operations(kernels):
-        return sum(count * x.operations for x, count in kernels.items() if x.name in roofline._ATTENTION)
-
-    assert operations(found) == pytest.approx(step.attention * operations(plain), rel=1e-3)
-    assert product_operations(found) == product_operations(plain)
+    """It is that of the sequences' true lengths, each by itself, and not that of their mean length."""
+    case, step = small_case(microbatches=3), rollout_step("packed")
+    shape, tokens = model_shape(case), sum(step.widths[0])
+    found = sum(
+        count * kernel.operations
+        for kernel, count in roofline.count_rollout_step(case, step, "grpo").items()
+        if kernel.name in roofline._ATTENTION
+    )
+    forward = 2 * case.sequences * shape.heads * tokens**2 * shape.head_size
+    assert found == pytest.approx(step.attention * case.microbatches * 3.5 * forward, rel=1e-6)
+    true = [sum(x) for part in rollout_step("trimmed").microbatches for x in part]
+    assert step.attention * 12 * tokens**2 == pytest.approx(sum(x**2 for x in true))
 
 
 def test_it_prints_a_table_of_lengths(capsys, tmp_path):
     options = ["--lengths", "lognormal:6:0.5:16", "--prompt-lengths", "constant:4", "--layers", "1"]
-    options += ["--sequences", "2", "--microbatches", "2", "--algorithm", "reinforce", "--layout", "padded", "ordered"]
+    options += ["--sequences", "2", "--microbatches", "2", "--algorithm", "reinforce", "--layout", "ordered"]
     roofline.main([*options, "--output", str(tmp_path / "roofline.json")])
     head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert head == ["device", "model", "T", "algorithm", "layout", "positions", "ms", "ratio"]
-    assert [row[3:5] for row in rows] == [["grpo", "padded"], ["reinforce", "padded"], ["reinforce", "ordered"]]
+    assert [row[3:5] for row in rows] == [["grpo", "padded"], ["reinforce", "ordered"]]
     results = json.loads((tmp_path / "roofline.json").read_text())["results"]
     assert results[0]["length"] == "lognormal:6:0.5:16" and results[0]["ratio"] == 1.0
-    assert results[2]["positions"] <= results[1]["positions"] == results[0]["positions"]
-    assert results[1]["ratio"] == pytest.approx(1.0, rel=0.01)
+    assert results[1]["positions"] < results[0]["positions"] and results[1]["ratio"] < 1.0
 
 
 @pytest.mark.parametrize("options", [["--lengths", "256"], ["--measure", "--lengths", "lognormal:6:0.5:16"]])
