@@ -26,7 +26,6 @@ LAYOUTS: Mapping[str, Mapping[str, Any]] = {
     "padded": {"order_by_length": False},
     "trimmed": {"order_by_length": False},
     "ordered": {"order_by_length": True},
-    "balanced": {"order_by_length": True, "max_tokens_per_microbatch": None},
 }
 
 T = TypeVar("T")
@@ -48,7 +47,6 @@ def make_rollout_parser(description: str) -> argparse.ArgumentParser:
         choices=LAYOUTS,
         help="how sequences of these lengths share microbatches",
     )
-    parser.add_argument("--max-tokens", type=int, help="positions of a microbatch at most, for --layout balanced")
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps on a rollout")
     parser.add_argument(
         "--zero-advantages",
@@ -66,7 +64,7 @@ def layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
     out that it has no settings for.
     """
     for name in arguments.layout:
-        settings = {field: arguments.max_tokens if value is None else value for field, value in LAYOUTS[name].items()}
+        settings = dict(LAYOUTS[name])
         unknown = [field for field in settings if field not in PROMAConfig.__dataclass_fields__]
         if not unknown:
             yield name, settings

@@ -77,11 +77,11 @@ def test_trainers_get_the_same_rollouts():
 
 
 def test_layouts(monkeypatch, capsys):
-    known = {"max_grad_norm": None}
-    monkeypatch.setattr(rollouts, "LAYOUTS", {"padded": {"neither": 1}, "ordered": {"neither": 1}, "balanced": known})
-    arguments = options("--layout", "padded", "ordered", "balanced", "--max-tokens", "7")
-    assert list(rollouts.layouts(arguments)) == [("padded", {}), ("balanced", {"max_grad_norm": 7})]
-    assert "Left out: ordered" in capsys.readouterr().out
+    known = {"max_grad_norm": 7.0}
+    monkeypatch.setattr(rollouts, "LAYOUTS", {"padded": {"neither": 1}, "trimmed": {"neither": 1}, "ordered": known})
+    arguments = options("--layout", "padded", "trimmed", "ordered")
+    assert list(rollouts.layouts(arguments)) == [("padded", {}), ("ordered", known)]
+    assert "Left out: trimmed" in capsys.readouterr().out
 
 
 def test_step_time(monkeypatch, capsys, tmp_path):
