@@ -427,6 +427,39 @@ class PROMAConfig(GRPOConfig):
         """What this run's method is called."""
         return " and ".join(method.name for method in self.acting_methods())
 
+    def method_summary(self) -> str:
+        """What this run's method is called, each part with its settings."""
+        parts = {
+            "Intra-PROMA": [
+                f"dimension {self.intra_dim}",
+                counted(self.intra_power_iterations, "power iteration"),
+                *_unless(1, "strength", self.intra_strength),
+                *_unless("microbatch", "target", self.intra_target),
+                *([] if self.intra_head else ["without head"]),
+            ],
+            "ISOPO": [self.isopo, f"regularization {self.isopo_regularization:g}"],
+            "PROMA": [
+                self.projection,
+                *([counted(self.projection_sweeps, "sweep")] if self.projection == "iterative" else []),
+                "no bound" if self.projection_bound is None else f"bound {self.projection_bound:g}",
+                *_unless(1, "strength", self.projection_strength),
+                *_unless("local", "scope", self.projection_scope),
+            ],
+        }
+        region = self.trust_region()
+        if region is not None:
+            low, high = region.thresholds
+            parts["DPPO"] = [
+                self.divergence,
+                *([f"top {self.divergence_top_k}"] if region.needs_top else []),
+                f"threshold {low:g}",
+                *_unless(low, "threshold high", high),
+                *_unless("directional", "mask", self.divergence_mask),
+                *_unless(None, "ratio cap", self.ratio_cap),
+            ]
+        names = self.method_name().split(" and ")
+        return " and ".join(f"{name} ({', '.join(parts[name])})" if name in parts else name for name in names)
+
     def rule_settings(self) -> list[str]:
         """Names of the settings that make a run what it is, for its model card."""
         acting = [prefix for prefix, acts in (("isopo", self.isopo != "none"), ("intra", self._intra_acts())) if acts]
@@ -561,3 +594,13 @@ class PROMAConfig(GRPOConfig):
                 f"`optim={optimizer!r}` is not available with {self._method}: it consumes gradients within the "
                 "backward pass, where PROMA accumulates them. Choose another optimizer, such as `optim='adamw_torch'`."
             )
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, for messages."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _unless(default: float | str | None, name: str, value: float | str | None) -> list[str]:
+    """A setting's name and value, if it is another than its default."""
+    return [] if value == default else [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"]

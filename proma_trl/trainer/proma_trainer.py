@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import send_to_device
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
@@ -25,9 +27,18 @@ from ..sequence_grads.probe import random_numbers_kept
 from .config import PROMAConfig
 from .fused_head import sequence_head
 from .model_card import EVIDENCE, ModelCardMixin
+from .run_description import SayWhatRuns
 from .sampler_log_probs import sampler_log_probs
 from .sampling import check_server, check_server_log_probs
-from .setup_checks import check_ranks_agree, check_setup, is_quantized, settings_without_effect
+from .setup_checks import (
+    RefuseNoSteps,
+    check_prompts,
+    check_ranks_agree,
+    check_setup,
+    is_quantized,
+    settings_without_effect,
+    too_few_prompts,
+)
 from .token_trust_region import ON_CPU, TokenTrustRegion
 from .trl_internals import SCORING, check_trl, prepare_head, recorded, replaced
 
@@ -72,8 +83,9 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             What weighs tokens; `None` without `divergence`.
 
     Raises:
-        ValueError: At construction, for a setting that can't be honoured or a layer without sequence gradients; at the
-            first batch, for token-level advantages.
+        ValueError: At construction, for a setting that can't be honoured or a layer without sequence gradients; by
+            `train()`, for fewer prompts than a generation takes, of which construction warns; at the first batch, for
+            token-level advantages.
 
     Example:
 
@@ -129,6 +141,11 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
                     '`rollout_func` does not return. Set `divergence="binary_tv"` or `"binary_kl"`.'
                 )
         check_trl(args.device)
+        # A stream has no length, and TRL refuses what is neither
+        if isinstance(train_dataset, Dataset):
+            problem = too_few_prompts(args, len(train_dataset), args.world_size)
+            if problem is not None:  # before the model loads; `train` refuses it
+                warnings.warn(problem, stacklevel=2)
         acting = args.acting_methods()
         self._name = args.method_name()
         tags = dict.fromkeys(tag for method in acting for tag in method.tags)
@@ -154,6 +171,8 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             rollout_func,
             environment_factory,
         )
+        self.add_callback(RefuseNoSteps())
+        self.add_callback(SayWhatRuns(self))
         prepare_head(self.model)
         if args.adapter_dtype == "float32" and is_quantized(self.model):
             _keep_in_float32(self.model, adapters)
@@ -188,6 +207,11 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
                 self.add_callback(_LogAtStart(logging.INFO, [self._what_intra_projects()]))
             if self.accumulation.rerun_names() and self.accelerator.is_main_process:
                 self.add_callback(_LogAtStart(logging.INFO, [self._what_runs_again()]))
+
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, Dataset):
+            check_prompts(self.args, len(self.train_dataset), self.args.world_size)
+        return super().get_train_dataloader()
 
     def _new_accumulation(self, rule: UpdateRule, microbatch_size: int) -> ProjectedAccumulation:
         args, intra = self.args, self.args.intra_settings()

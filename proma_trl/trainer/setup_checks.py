@@ -1,4 +1,4 @@
-"""Checks before training: setups that the projection does not work with, and settings without effect."""
+"""Checks of a training: setups that the projection does not work with, too few prompts, settings without effect."""
 
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -7,10 +7,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, gather_object
 from peft import PeftModel
 from torch import nn
+from transformers import TrainerCallback
+from trl import GRPOConfig
 
 from ..backends import is_deepspeed
 from ..sequence_grads import head_weights, plan_linear_layers
 from .config import REINFORCE_SETTINGS, PROMAConfig
+
+# From here on the projection has earlier microbatches to act on in most of a step
+_FEW_MICROBATCHES = 4
 
 
 def settings_without_effect(args: PROMAConfig, accelerator: Accelerator, model: nn.Module) -> list[str]:
@@ -54,6 +59,99 @@ def settings_without_effect(args: PROMAConfig, accelerator: Accelerator, model: 
             "backend keeps them."
         )
     return messages
+
+
+def prompts_needed(args: GRPOConfig, num_processes: int) -> int:
+    """
+    Returns the number of prompts that completions are generated for at a time, on all ranks together. TRL leaves out
+    what is left of an epoch's prompts if it is fewer.
+
+    Args:
+        args ([`~trl.GRPOConfig`]): The configuration.
+        num_processes (`int`): Number of ranks.
+    """
+    return args.per_device_train_batch_size * args.steps_per_generation * num_processes // args.num_generations
+
+
+def check_prompts(args: GRPOConfig, num_prompts: int, num_processes: int) -> None:
+    """
+    Check that there are enough prompts for training to take a step.
+
+    Args:
+        args ([`~trl.GRPOConfig`]): The configuration.
+        num_prompts (`int`): Number of prompts to train on.
+        num_processes (`int`): Number of ranks.
+
+    Raises:
+        ValueError: If there are not, with the number that it takes and what to set.
+    """
+    problem = too_few_prompts(args, num_prompts, num_processes)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def too_few_prompts(args: GRPOConfig, num_prompts: int, num_processes: int) -> str | None:
+    """Returns what [`check_prompts`] raises, or `None`."""
+    needed = prompts_needed(args, num_processes)
+    if num_prompts >= needed:
+        return None
+    if num_prompts == 0:
+        return "There are no prompts to train on: `train_dataset` is empty."
+    k, completions = args.per_device_train_batch_size, args.num_generations
+    ranks = f" x {num_processes} ranks" if num_processes > 1 else ""
+    follows_step = args.steps_per_generation == args.gradient_accumulation_steps
+    count = "gradient_accumulation_steps" if follows_step else "steps_per_generation"
+    smaller = _smaller_batch(args, num_prompts, num_processes)
+    way_out = f"set {smaller}" if smaller else "use fewer ranks"
+    return (
+        f"{num_prompts} prompt{'s are' if num_prompts > 1 else ' is'} too few: completions are generated for {needed} "
+        f"prompts at a time ({args.steps_per_generation} microbatches x {k} sequences{ranks} / {completions} "
+        f"completions a prompt), so that training would take no step. Give {needed} prompts or more, or {way_out}. "
+        f"A smaller `{count}` ({args.steps_per_generation}) or `per_device_train_batch_size` ({k}) and a larger "
+        f"`num_generations` ({completions}) need fewer prompts."
+    )
+
+
+def _smaller_batch(args: GRPOConfig, num_prompts: int, num_processes: int) -> str:
+    """Settings with which the prompts suffice, and with enough microbatches if there are such settings."""
+    sequences = num_prompts * args.num_generations
+    best: tuple[int, int] = (0, 0)
+    k = args.per_device_train_batch_size
+    while k > 0 and best[0] < min(_FEW_MICROBATCHES, args.gradient_accumulation_steps):
+        most = min(sequences // (k * num_processes), args.gradient_accumulation_steps)
+        fits = (m for m in range(most, 0, -1) if m * k * num_processes % args.num_generations == 0)
+        best = max(best, (next(fits, 0), k))
+        k //= 2
+    microbatches, k = best
+    if microbatches == 0:
+        return ""
+    settings = {}
+    if microbatches != args.gradient_accumulation_steps:
+        settings["gradient_accumulation_steps"] = microbatches
+    if k != args.per_device_train_batch_size:
+        settings["per_device_train_batch_size"] = k
+    if args.steps_per_generation != args.gradient_accumulation_steps:
+        settings["steps_per_generation"] = microbatches
+    return " and ".join(f"`{name}={value}`" for name, value in settings.items())
+
+
+class RefuseNoSteps(TrainerCallback):
+    """
+    Refuses a training that ends before its first optimizer step, as where a streamed dataset has too few prompts.
+
+    Raises:
+        ValueError: When training ends.
+    """
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 0:
+            raise ValueError(
+                "Nothing was trained: training ended before its first optimizer step "
+                f"(`num_train_epochs={args.num_train_epochs:g}`, `max_steps={args.max_steps}`). Completions are "
+                f"generated for {prompts_needed(args, args.world_size)} prompts at a time, and a dataset with fewer "
+                "gives none: give more prompts, or set a smaller `gradient_accumulation_steps` (or "
+                "`steps_per_generation`) or `per_device_train_batch_size`."
+            )
 
 
 def is_quantized(model: nn.Module) -> bool:

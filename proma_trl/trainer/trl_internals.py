@@ -60,6 +60,7 @@ _METHODS = {
     "_load_optimizer_and_scheduler": "self checkpoint",
     "_save_checkpoint": "self model trial",
     "create_model_card": "self model_name dataset_name tags",
+    "get_train_dataloader": "self",
     "get_off_policy_mask": "advantages per_token_logps sampling_per_token_logps mask off_policy_threshold",
     "log": "self logs start_time",
 }

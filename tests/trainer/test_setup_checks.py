@@ -1,5 +1,7 @@
 """What is refused before training, and what is said to have no effect."""
 
+import copy
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +9,19 @@ import torch
 from accelerate import DistributedType
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DynamoBackend
-from support.harness import make_args, make_model
+from datasets import Dataset, DatasetDict
+from support.harness import TOKENIZER, make_args, make_model, make_trainer, vowel_reward
 from transformers.distributed import DistributedConfig
+from trl import GRPOConfig, GRPOTrainer
 
-from proma_trl.trainer.setup_checks import check_ranks_agree, check_setup, settings_without_effect
+from proma_trl import DPPOConfig, DPPOTrainer, PROMAConfig, PROMATrainer
+from proma_trl.trainer.setup_checks import (
+    check_prompts,
+    check_ranks_agree,
+    check_setup,
+    prompts_needed,
+    settings_without_effect,
+)
 
 
 def setup(distributed_type=DistributedType.MULTI_GPU, deepspeed=None, **attributes):
@@ -139,3 +150,106 @@ def test_ranks_that_differ_in_what_they_train(monkeypatch):
         else:
             with pytest.raises(ValueError, match=message):
                 check_ranks_agree(accelerator, model)
+
+
+REINFORCE = {"projection": "none"}
+BATCHES = [
+    {},
+    {"gradient_accumulation_steps": 16, "per_device_train_batch_size": 8, "num_generations": 8},
+    {"gradient_accumulation_steps": 1, "steps_per_generation": 4, "num_generations": 2},
+    {"gradient_accumulation_steps": 2, "generation_batch_size": 24},
+    {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "per_device_train_batch_size": 2},
+    {"num_iterations": 3, "max_steps": 7},
+    {"max_steps": -1, "num_train_epochs": 1, "dataloader_drop_last": True},
+]
+
+
+def sampled(args, num_prompts):
+    """How many sequences TRL samples in an epoch."""
+    trainer = SimpleNamespace(
+        args=args, num_generations=args.num_generations, num_iterations=args.num_iterations, shuffle_dataset=True
+    )
+    return len(GRPOTrainer._get_train_sampler(trainer, [0] * num_prompts))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("settings", BATCHES)
+def test_prompts_that_a_training_needs(settings, ranks, tmp_path):
+    args = make_args(tmp_path, **settings)
+    args.generation_batch_size *= ranks  # as with that world size
+    needed = prompts_needed(args, ranks)
+    assert sampled(args, needed) > sampled(args, needed - 1) == 0
+    check_prompts(args, needed, ranks)
+    for few in range(1, needed):
+        with pytest.raises(ValueError, match=rf"^{few} prompts? .* Give {needed} prompts or more, or set `") as error:
+            check_prompts(args, few, ranks)
+        # The advice suffices
+        advice = {name: int(value) for name, value in re.findall(r"`(\w+)=(\d+)`", str(error.value))}
+        smaller = copy.copy(args)
+        for name, value in advice.items():
+            setattr(smaller, name, value)
+        if args.steps_per_generation == args.gradient_accumulation_steps:  # the former follows the latter
+            smaller.steps_per_generation = smaller.gradient_accumulation_steps
+        batch = ranks * smaller.per_device_train_batch_size * smaller.steps_per_generation
+        assert batch % smaller.num_generations == 0
+        check_prompts(smaller, few, ranks)
+
+
+def test_the_advice_leaves_something_to_project(tmp_path):
+    args = make_args(tmp_path, gradient_accumulation_steps=16, per_device_train_batch_size=8, num_generations=8)
+    with pytest.raises(ValueError, match=r"set `gradient_accumulation_steps=5`"):
+        check_prompts(args, 5, 1)
+    with pytest.raises(ValueError, match=r"set `gradient_accumulation_steps=4` and `per_device_train_batch_size=2`"):
+        check_prompts(args, 1, 1)
+
+
+def test_more_ranks_than_a_prompt_has_completions(tmp_path):
+    with pytest.raises(ValueError, match=r"3 microbatches x 4 sequences x 16 ranks / 4 completions.*use fewer ranks"):
+        check_prompts(make_args(tmp_path), 3, 16)
+
+
+def test_no_prompts(tmp_path):
+    with pytest.raises(ValueError, match=r"no prompts to train on"):
+        check_prompts(make_args(tmp_path), 0, 1)
+
+
+@pytest.mark.parametrize("length,steps", [({"max_steps": -1, "num_train_epochs": 1}, 1), ({"max_steps": 2}, 2)])
+@pytest.mark.parametrize(
+    "trainer_class,config_class,method",
+    [(PROMATrainer, PROMAConfig, {}), (PROMATrainer, PROMAConfig, REINFORCE), (DPPOTrainer, DPPOConfig, {})],
+)
+def test_too_few_prompts_are_said_at_construction_and_refused(
+    trainer_class, config_class, method, length, steps, tmp_path
+):
+    kwargs = {"trainer_class": trainer_class, "config_class": config_class, **method, **length}
+    with pytest.warns(UserWarning, match=r"2 prompts are too few.*3 prompts at a time"):
+        trainer = make_trainer(tmp_path, prompts=2, **kwargs)
+    with pytest.raises(ValueError, match=r"2 prompts are too few.*3 prompts at a time"):
+        trainer.train()
+    assert make_trainer(tmp_path, prompts=3, **kwargs).train().global_step == steps
+
+
+@pytest.mark.parametrize("count,steps", [(2, 0), (3, 2)])
+def test_a_stream_that_trains_nothing_is_an_error(count, steps, tmp_path):
+    def trainer(trainer_class, config_class):
+        return trainer_class(
+            model=make_model(),
+            reward_funcs=vowel_reward,
+            args=make_args(tmp_path, config_class, max_steps=2),
+            train_dataset=Dataset.from_dict({"prompt": ["ab"] * count}).to_iterable_dataset(),
+            processing_class=TOKENIZER,
+        )
+
+    ours = trainer(PROMATrainer, PROMAConfig)
+    if steps:
+        assert ours.train().global_step == 2
+        return
+    with pytest.raises(ValueError, match=r"Nothing was trained.*`max_steps=2`.*3 prompts at a time"):
+        ours.train()
+    assert trainer(GRPOTrainer, GRPOConfig).train().global_step == 0
+
+
+def test_what_is_no_dataset_is_trls_to_refuse(tmp_path):
+    splits = DatasetDict(train=Dataset.from_dict({"prompt": ["ab"] * 64}))
+    with pytest.raises(TypeError, match=r"DatasetDict"):
+        PROMATrainer(make_model(), vowel_reward, make_args(tmp_path), splits, processing_class=TOKENIZER)
