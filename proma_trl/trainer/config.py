@@ -14,6 +14,7 @@ from ..rules.isopo import ISOPO
 from ..trust_region import TrustRegion
 from ..validation import check_choice, check_real, check_whole
 from .grpo_fields import KNOWN, LOSS_TYPES, REFUSED, default_of
+from .precision import choose_precision
 from .sampler_log_probs import VLLM_MAX_TOP_K
 from .trl_internals import CHECKPOINTING
 
@@ -51,6 +52,8 @@ class PROMAConfig(GRPOConfig):
 
     It has all of [`~trl.GRPOConfig`]'s parameters, and those of the projection. Parameters of GRPO that PROMA has no
     use for (KL penalty, clipping, entropy bonus) must keep their defaults.
+
+    Without `bf16`, training on a CPU is in float32; on a GPU it is in bfloat16, as in TRL.
 
     Parameters:
         gradient_accumulation_steps (`int`, *optional*, defaults to `16`):
@@ -285,6 +288,7 @@ class PROMAConfig(GRPOConfig):
         self._check_trust_region()
         if getattr(self, CHECKPOINTING) is None:
             setattr(self, CHECKPOINTING, self.gradient_checkpointing)
+        choose_precision(self)
         super().__post_init__()
 
     def _check_projection(self) -> None:

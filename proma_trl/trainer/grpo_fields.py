@@ -84,6 +84,7 @@ OTHER_MEANING = {
     "off_policy_mask_threshold": "Masked sequences have no direction in the projection.",
     "mask_truncated_completions": "Masked sequences have no direction in the projection.",
     "top_entropy_quantile": "Masked tokens have no part in the projection.",
+    "bf16": "Where it is left unset and training is on a CPU, as it is without a GPU, `False`.",
     "max_grad_norm": "The norm is that of the projected gradient.",
     "seed": "Also that of Intra-PROMA's random numbers.",
 }
@@ -102,7 +103,7 @@ SAME = frozenset(
 
     output_dir num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim_args
     weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules average_tokens_across_devices
-    label_smoothing_factor bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing
+    label_smoothing_factor fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing
     activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs use_liger_kernel
     liger_kernel_config use_cache neftune_noise_alpha torch_empty_cache_steps logging_strategy logging_steps
     logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level

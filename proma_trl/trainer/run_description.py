@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..backends import whole_shape
 from .config import PROMAConfig, counted
+from .precision import precision_reason
 
 logger = logging.getLogger(__name__)
 
@@ -87,5 +88,8 @@ def _microbatches(number: int) -> str:
 def _device(trainer: GRPOTrainer, trained: list[torch.nn.Parameter]) -> str:
     dtypes = dict.fromkeys(str(param.dtype).removeprefix("torch.") for param in trained)
     precision = trainer.accelerator.mixed_precision
-    autocast = "" if precision == "no" else f", {_AUTOCAST.get(precision, precision)} autocast"
-    return f"{trainer.accelerator.device.type}, {' and '.join(dtypes)}{autocast}"
+    how = "" if precision == "no" else f", {_AUTOCAST.get(precision, precision)} autocast"
+    reason = precision_reason(trainer.args)
+    if reason is not None:
+        how = f" ({reason}; `bf16=True` is for bfloat16)"
+    return f"{trainer.accelerator.device.type}, {' and '.join(dtypes)}{how}"

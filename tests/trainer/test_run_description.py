@@ -194,3 +194,8 @@ def test_all_settings_of_a_method_are_known_to_the_summary(tmp_path):
         setattr(args, name, value)
         assert args.method_summary() != base, name
         setattr(args, name, kept)
+
+
+def test_the_choice_of_float32_is_said(tmp_path):
+    trainer = make_trainer(tmp_path, bf16=None)
+    assert describe_run(trainer).endswith("cpu, float32 (the CPU's default; `bf16=True` is for bfloat16).")
