@@ -25,6 +25,7 @@ from .sequence_grads.embedding import EmbeddingLayer
 from .sequence_grads.norm import BroadcastLayer
 from .sequence_grads.registry import RuleLayer
 from .sequence_grads.rerun import RerunLayer
+from .validation import encoder_decoder_refusal, nothing_to_train
 
 RULE, RERUN, NONE = "by a rule of its own", "by running again", "not at all"
 
@@ -61,6 +62,7 @@ class Report:
         intra (`int`): Number of those that Intra-PROMA projects.
         rerun_share (`float`): Part of the parameters that a token meets in modules that run again.
         largest_rerun (`tuple[str, int]` or `None`): The largest tensor in them, and its number of elements.
+        refusal (`str` or `None`): Why nothing of this package trains the model, whatever the microbatch size.
     """
 
     ways: list[Way]
@@ -69,13 +71,16 @@ class Report:
     intra: int
     rerun_share: float
     largest_rerun: tuple[str, int] | None
+    refusal: str | None = None
 
     @property
     def trains(self) -> bool:
         """Whether accumulation-based PROMA trains the model at this microbatch size."""
-        return self.microbatch_size == 1 or all(way.how != NONE for way in self.ways)
+        return self.refusal is None and (self.microbatch_size == 1 or all(way.how != NONE for way in self.ways))
 
     def __str__(self) -> str:
+        if self.refusal is not None:
+            return self.refusal
         lines = [f"{self.trained:,} parameters are trained. The gradients of single sequences are found"]
         if self.microbatch_size == 1:
             lines = [f"{self.trained:,} parameters are trained. With one sequence a microbatch, all of them train."]
@@ -126,6 +131,7 @@ def check(model: nn.Module, microbatch_size: int = 8) -> Report:
         intra=sum(matrix.numel() for matrix in matrices),
         rerun_share=_active([entry.module for entry in again]) / max(1, _active([model])),
         largest_rerun=None if largest is None else (largest, sizes[largest]),
+        refusal=encoder_decoder_refusal(model) or nothing_to_train(model),
     )
 
 

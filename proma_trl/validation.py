@@ -1,8 +1,13 @@
-"""Checks of settings: what is not of the right kind, or out of range, is an error that names the setting."""
+"""Checks of settings, which name the setting that is not of the right kind or out of range, and of what is trained."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def check_whole(name: str, value: Any, way_out: str = "", low: int = 1) -> int:
@@ -49,6 +54,41 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(_message(name, f"one of {', '.join(map(repr, choices))}", value, ""))
     return value
+
+
+def encoder_decoder_refusal(model: nn.Module) -> str | None:
+    """Returns why `GRPOTrainer` and what extends it can't train an encoder-decoder model; `None` for other models."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    return (
+        f"`{type(model).__name__}` is an encoder-decoder model. TRL's `GRPOTrainer`, which the trainers of proma-trl "
+        "extend, gives a model prompt and completion as one sequence, as decoder-only models take them. Use a "
+        "decoder-only model."
+    )
+
+
+def check_trained(model: nn.Module) -> None:
+    """
+    Check that there is something to train.
+
+    Raises:
+        ValueError: If no parameter requires gradients, with the way out.
+    """
+    problem = nothing_to_train(model)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def nothing_to_train(model: nn.Module) -> str | None:
+    """Returns what [`check_trained`] raises, or `None`."""
+    if any(param.requires_grad for param in model.parameters()):
+        return None
+    problem = f"There is nothing to train: no parameter of the model (`{type(model).__name__}`) requires gradients. "
+    configs = getattr(model, "peft_config", None) or {}
+    if any(getattr(config, "inference_mode", False) for config in configs.values()):
+        load = "model.load_adapter" if getattr(model, "_hf_peft_config_loaded", False) else "PeftModel.from_pretrained"
+        return f"{problem}The adapter was loaded for inference: load it with `{load}(..., is_trainable=True)`."
+    return f"{problem}Set `requires_grad` of those to train, or give the trainer a `peft_config` for new adapters."
 
 
 def _message(name: str, kind: str, value: Any, way_out: str) -> str:

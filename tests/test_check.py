@@ -6,6 +6,7 @@ import sys
 import pytest
 from support.models import tiny_llava, tiny_mixture, tiny_model
 from support.vision import OTHERS, tiny_vlm
+from transformers import T5Config
 
 from proma_trl import ProjectedAccumulation
 from proma_trl.check import NONE, RERUN, RULE, check, main, make_model
@@ -78,3 +79,25 @@ def test_exit_status_and_adapters(tmp_path, capsys):
     adapters = ["--use_peft", "--lora_target_modules", targets, "--lora_task_type", "CAUSAL_LM"]
     assert main([str(tmp_path), *adapters]) == 0
     assert "8 Linear" in capsys.readouterr().out
+
+
+def test_nothing_to_train():
+    model = tiny_model("qwen3-tied").requires_grad_(False)
+    for size in (1, 8):
+        report = check(model, microbatch_size=size)
+        assert not report.trains and str(report).startswith("There is nothing to train")
+
+
+def test_an_encoder_decoder_model(tmp_path, capsys):
+    config = T5Config(
+        vocab_size=32,
+        d_model=16,
+        d_kv=4,
+        d_ff=32,
+        num_layers=1,
+        num_heads=4,
+        architectures=["T5ForConditionalGeneration"],
+    )
+    config.save_pretrained(tmp_path)
+    assert main([str(tmp_path), "--microbatch_size", "1"]) == 1
+    assert "`T5ForConditionalGeneration` is an encoder-decoder model." in capsys.readouterr().out

@@ -28,7 +28,7 @@ from ..sequence_grads.layer import Layer
 from ..sequence_grads.rerun import RerunRefused
 from ..sequence_grads.tensor import Scratch
 from ..torch_internals import backward_id, backward_runs
-from ..validation import check_choice, check_real, check_whole
+from ..validation import check_choice, check_real, check_trained, check_whole
 from .accumulators import SCOPES, Accumulator, accumulator_for
 from .emission import Engine, needs_sequences
 from .hooks import ModelHooks
@@ -121,6 +121,7 @@ class ProjectedAccumulation:
             raise ValueError('`scope="global"` needs the `accelerator`, which says where an accumulation ends.')
         if not isinstance(rule, UpdateRule | None):
             raise TypeError(f"`rule` must be an `UpdateRule`, such as `PROMA()`, got {rule!r}.")
+        check_trained(model)
         self.model = model
         self.rule = PROMA() if rule is None else rule
         self.microbatch_size = microbatch_size

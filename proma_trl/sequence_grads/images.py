@@ -34,6 +34,7 @@ _PATCHES = ("mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "q
 _PADS_IMAGES = ("pixtral",)
 
 _UNKNOWN = "runs outside the text decoder, so that it isn't known which sequence an image (or its patch) belongs to"
+_ENCODER = "runs in the encoder of an encoder-decoder model, of which the decoder alone is followed"
 
 
 class ImageRows:
@@ -139,7 +140,7 @@ def modules_on_images(model: nn.Module) -> dict[nn.Module, str | None]:
     outside = [module for module in base.modules() if module not in text]
     pads = getattr(getattr(config, "vision_config", None), "model_type", None) in _PADS_IMAGES
     if placeholder(model) is None or (pads and config.model_type not in _PATCHES):
-        return dict.fromkeys(outside, _UNKNOWN)
+        return dict.fromkeys(outside, _ENCODER if config.is_encoder_decoder else _UNKNOWN)
     return {module: _UNKNOWN if pads and isinstance(module, nn.Conv2d) else None for module in outside}
 
 

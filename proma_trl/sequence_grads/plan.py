@@ -19,6 +19,9 @@ from .registry import RuleLayer, rule_for
 from .rerun import RerunLayer
 from .trainable_tokens import TrainableTokensRule, is_trainable_tokens
 
+# PEFT's methods with virtual tokens that it makes anew for each sequence
+_PROMPTS_OF_A_SEQUENCE = ("PREFIX_TUNING", "CARTRIDGE")
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -89,11 +92,13 @@ def plan_layers(model: nn.Module, with_parents: Collection[nn.Module] = ()) -> l
     if refused:
         shown = "\n".join(f"  - {line}" for line in refused[:8])
         more = f"\n  - and {len(refused) - 8} more" if len(refused) > 8 else ""
+        foreign = _foreign_modules(model)
+        a_rule_helps = any(isinstance(entry.layer, str) and entry.module not in foreign for entry in planned)
+        rule = "register a rule for the layer's class (`proma_trl.register_rule`, one small function), or "
         raise ValueError(
             "PROMA needs the gradient of each sequence in a microbatch, and some layers that hold trainable "
-            f"parameters don't yield it:\n{shown}{more}\nEither register a rule for the layer's class "
-            f"(`proma_trl.register_rule`, one small function), or train with {ONE_SEQUENCE}, or freeze those "
-            "parameters."
+            f"parameters don't yield it:\n{shown}{more}\nEither {rule if a_rule_helps else ''}train with "
+            f"{ONE_SEQUENCE}, or freeze those parameters."
         )
     return [entry.layer for entry in planned]
 
@@ -142,8 +147,16 @@ def head_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _foreign_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules whose parameters others multiply, and why: what PEFT's `ParamWrapper` holds."""
+    """
+    Modules whose parameters don't act on one sequence at a time, and why: what PEFT's `ParamWrapper` holds, whose
+    weights are multiplied by others; and its virtual prompts, unless each sequence has its own.
+    """
     found: dict[nn.Module, str] = {}
+    for adapter, encoder in getattr(model, "prompt_encoder", {}).items():
+        config = model.peft_config[adapter]
+        if config.peft_type not in _PROMPTS_OF_A_SEQUENCE:
+            why = f"PEFT (`{type(config).__name__}`) makes virtual tokens once for all sequences of a microbatch"
+            found |= dict.fromkeys(encoder.modules(), why)
     for wrapper in model.modules():
         if _is_param_wrapper(wrapper):
             why = f"PEFT's `ParamWrapper` multiplies its weights to change `{wrapper.parameter_name}`"

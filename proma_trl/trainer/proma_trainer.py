@@ -24,6 +24,7 @@ from ..accumulation.microbatch import Microbatch
 from ..backends import whole_shape
 from ..rules import PROMA, UpdateRule
 from ..sequence_grads.probe import random_numbers_kept
+from ..validation import check_trained, encoder_decoder_refusal
 from .config import PROMAConfig
 from .fused_head import sequence_head
 from .model_card import EVIDENCE, ModelCardMixin
@@ -171,6 +172,10 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             rollout_func,
             environment_factory,
         )
+        refusal = encoder_decoder_refusal(self.model)
+        if refusal is not None:
+            raise ValueError(refusal)
+        check_trained(self.model)
         self.add_callback(RefuseNoSteps())
         self.add_callback(SayWhatRuns(self))
         prepare_head(self.model)

@@ -6,8 +6,10 @@ from types import MethodType
 
 import pytest
 import torch
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from support import oracle
 from support.harness import (
+    LORA,
     TOKENIZER,
     GradientRecorder,
     check,
@@ -19,10 +21,10 @@ from support.harness import (
     make_trainer,
     trainer_gradients,
 )
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import BartConfig, BartForCausalLM, BartForConditionalGeneration, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from proma_trl import PROMATrainer
+from proma_trl import ProjectedAccumulation, PROMATrainer
 
 
 def test_trl_methods_keep_their_signatures():
@@ -199,3 +201,93 @@ def test_a_changed_fused_head_is_refused(tmp_path, monkeypatch):
     monkeypatch.delattr(utils, "maybe_gather_lm_head_ctx")
     with pytest.raises(RuntimeError, match=r"maybe_gather_lm_head_ctx.*Install a TRL version"):
         make_trainer(tmp_path)
+
+
+ALGORITHMS = {
+    "PROMA": {},
+    "Intra-PROMA": {"projection": "none", "intra_dim": 3},
+    "ISOPO": {"projection": "none", "isopo": "natural"},
+    "DPPO": {"projection": "none", "divergence": "binary_tv"},
+    "REINFORCE": {"projection": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The folder of an adapter."""
+    folder = tmp_path_factory.mktemp("adapter")
+    get_peft_model(make_model(), LORA).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_nothing_to_train_is_refused(algorithm, adapter, tmp_path):
+    settings = ALGORITHMS[algorithm]
+    with pytest.raises(ValueError, match=r"nothing to train.*`Qwen3ForCausalLM`.*Set `requires_grad`.*`peft_config`"):
+        make_trainer(tmp_path, make_model().requires_grad_(False), **settings)
+    for_inference = PeftModel.from_pretrained(make_model(), adapter)
+    with pytest.raises(ValueError, match=r"for inference.*`PeftModel.from_pretrained\(\.\.\., is_trainable=True\)`"):
+        make_trainer(tmp_path, for_inference, **settings)
+    make_trainer(tmp_path, PeftModel.from_pretrained(make_model(), adapter, is_trainable=True), **settings)
+
+
+def test_adapters_that_transformers_has_loaded_for_inference(adapter, tmp_path):
+    model = make_model()
+    model.load_adapter(adapter)
+    with pytest.raises(ValueError, match=r"for inference.*`model.load_adapter\(\.\.\., is_trainable=True\)`"):
+        make_trainer(tmp_path, model)
+    model = make_model()
+    model.load_adapter(adapter, is_trainable=True)
+    make_trainer(tmp_path, model)
+
+
+def test_new_adapters_on_a_frozen_model_train(tmp_path):
+    make_trainer(tmp_path, make_model().requires_grad_(False), peft_config=LORA)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_loop_with_nothing_to_train(k):
+    with pytest.raises(ValueError, match="nothing to train"):
+        ProjectedAccumulation(make_model().requires_grad_(False), microbatch_size=k)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_prompt_tuning_is_refused_at_construction(given, tmp_path):
+    def make(**kwargs):
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        adapted = {"model": get_peft_model(make_model(), config)} if given else {"peft_config": config}
+        return make_trainer(tmp_path, **adapted, **kwargs)
+
+    with pytest.raises(
+        ValueError, match=r"(?s)`prompt_encoder.*makes virtual tokens once.*per_device_train_batch_size=1"
+    ):
+        make()
+    for works in ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}, {"projection": "none"}):
+        assert make(**works).train().global_step == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [*ALGORITHMS.values(), {"per_device_train_batch_size": 1, "generation_batch_size": 4}]
+)
+def test_encoder_decoder_models_are_refused_by_name(settings, tmp_path):
+    config = BartConfig(
+        vocab_size=len(TOKENIZER),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        pad_token_id=TOKENIZER.pad_token_id,
+        eos_token_id=TOKENIZER.eos_token_id,
+    )
+    with pytest.raises(
+        ValueError, match=r"`BartForConditionalGeneration` is an encoder-decoder model.*Use a decoder-only"
+    ):
+        make_trainer(tmp_path, BartForConditionalGeneration(config), **settings)
+    with pytest.raises(ValueError, match=r"runs in the encoder of an encoder-decoder model") as error:
+        ProjectedAccumulation(BartForConditionalGeneration(config), microbatch_size=2)
+    assert "image" not in str(error.value)
+    # Its decoder alone is one like others
+    make_trainer(tmp_path, BartForCausalLM(config), **settings)
