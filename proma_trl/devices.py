@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
 # Types of devices that accelerate. Tests and the model of step times add "cpu" to run those branches without a GPU.
 ACCELERATORS = {"cuda"}
+
+# Types of devices that Triton makes kernels for, where TRL 1.15 runs
+_TRITON = ("cuda", "xpu")
 
 
 def accelerates(device: torch.device) -> bool:
@@ -56,3 +61,14 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def widest_dtype(device: torch.device) -> torch.dtype:
     """The widest floating-point dtype that a device knows."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether TRL 1.15, whose fused head is in Triton alone, works on a device."""
+    return device.type in _TRITON
+
+
+def fork_random_numbers(device: torch.device) -> AbstractContextManager:
+    """Within the context, random numbers may be drawn on the CPU and a device that later ones don't depend on."""
+    devices = [] if device.type == "cpu" else [device]
+    return torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..backends import whole_shape
+from ..devices import fork_random_numbers
 from ..torch_internals import own_parameters, without_hooks
 
 
@@ -98,8 +99,7 @@ def noise(*shape: int, like: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def random_numbers_kept(device: torch.device) -> Iterator[None]:
     """What comes after the context draws the random numbers that it would have drawn without it."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    with fork_random_numbers(device):
         yield
 
 

@@ -25,6 +25,8 @@ from transformers.utils import is_triton_available
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from ..devices import runs_triton
+
 # TRL 1.15 has its fused head in Triton alone, and gives it the scored positions only. Newer ones also have it in
 # torch, and give it all positions where `_use_triton` says so
 _IS_1_15 = Version(trl.__version__) < Version("1.16")
@@ -38,7 +40,6 @@ if _IS_1_15 and not is_triton_available():
 import trl.kernels.chunked_logprob as chunked_logprob  # noqa: E402
 from trl.kernels import ChunkedLogProbFunction  # noqa: E402
 
-_TRITON_DEVICES = ("cuda", "xpu")
 # What decides whether the fused head is given scored positions only, by `_use_triton`
 _POSITIONS = SimpleNamespace(_use_triton=lambda device: True) if _IS_1_15 else trl_utils
 # The name of the setting that transformers does not warn of. Versions before 5.23 have only the former name, which TRL
@@ -107,7 +108,7 @@ def check_trl(device: torch.device) -> None:
     Raises:
         RuntimeError: If something has moved, with its name, or if this TRL does not work on the device.
     """
-    if _IS_1_15 and device.type not in _TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
+    if _IS_1_15 and not runs_triton(device) and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(_NEEDS_TRITON.format(where=f"on {device.type!r}"))
     # The head's function is the same on every device that has it
     moved = [*_moved_in_trainer(), *_moved_in_head(device if _IS_1_15 else torch.device("cpu"))]
@@ -235,7 +236,7 @@ def logits_to_gradients(
 
 
 def _has_kernel(device: torch.device) -> bool:
-    return device.type in _TRITON_DEVICES if _IS_1_15 else chunked_logprob._use_triton(device)
+    return runs_triton(device) if _IS_1_15 else chunked_logprob._use_triton(device)
 
 
 def gathered_head(weight: torch.Tensor, bias: torch.Tensor | None) -> AbstractContextManager:
