@@ -22,6 +22,7 @@ from torch import nn
 from ..backends import Backend, backend_for, is_distributed
 from ..devices import default_memory_budget
 from ..intra import IntraPROMA
+from ..intra.intra_proma import check_intra
 from ..rules import PROMA, REINFORCE, UpdateRule
 from ..sequence_grads import head_weights, plan_layers, plan_linear_layers
 from ..sequence_grads.layer import Layer
@@ -129,6 +130,7 @@ class ProjectedAccumulation:
         self.accelerator = accelerator
         self.scope = scope
         self.accumulator_dtype = accumulator_dtype
+        check_intra(intra_dim, intra_power_iterations, intra_strength, intra_target, intra_head, prefix="intra_")
         intra = IntraPROMA(intra_dim, intra_power_iterations, intra_strength, intra_target, intra_head)
         self.intra = intra if intra.removes else None
         self.seed = seed

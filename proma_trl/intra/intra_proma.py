@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -67,12 +67,7 @@ class IntraPROMA:
     papers: ClassVar[tuple[dict[str, str], ...]] = (PAPER,)
 
     def __post_init__(self) -> None:
-        check_whole("intra_dim", self.dim, "With 0, nothing is projected.", low=0)
-        check_whole("intra_power_iterations", self.power_iterations, low=0)
-        check_real("intra_strength", self.strength, "a number between 0 and 1", high=1.0)
-        check_choice("intra_target", self.target, TARGETS)
-        if not isinstance(self.head, bool):
-            raise ValueError(f"`intra_head` must be True or False, got {self.head!r}.")
+        check_intra(self.dim, self.power_iterations, self.strength, self.target, self.head)
 
     @property
     def removes(self) -> bool:
@@ -83,6 +78,25 @@ class IntraPROMA:
     def first_acting(self) -> int:
         """The first microbatch of an optimizer step in which anything is removed."""
         return 1 if self.target == "accumulated" else 0
+
+
+def check_intra(dim: Any, power_iterations: Any, strength: Any, target: Any, head: Any, prefix: str = "") -> None:
+    """
+    Check settings of [`IntraPROMA`].
+
+    Args:
+        dim, power_iterations, strength, target, head: The settings.
+        prefix (`str`, *optional*): What their names begin with where the user has set them.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+    check_whole(f"{prefix}dim", dim, "With 0, nothing is projected.", low=0)
+    check_whole(f"{prefix}power_iterations", power_iterations, low=0)
+    check_real(f"{prefix}strength", strength, "a number between 0 and 1", high=1.0)
+    check_choice(f"{prefix}target", target, TARGETS)
+    if not isinstance(head, bool):
+        raise ValueError(f"`{prefix}head` must be True or False, got {head!r}.")
 
 
 @dataclass(frozen=True)

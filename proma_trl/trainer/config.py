@@ -9,9 +9,11 @@ from typing import ClassVar
 from trl import GRPOConfig
 
 from ..intra import IntraPROMA
+from ..intra.intra_proma import check_intra
 from ..rules import PROMA, Chain, UpdateRule
 from ..rules.isopo import ISOPO
 from ..trust_region import TrustRegion
+from ..trust_region.trust_region import check_trust_region
 from ..validation import check_choice, check_real, check_whole
 from .grpo_fields import KNOWN, LOSS_TYPES, REFUSED, default_of
 from .precision import choose_precision
@@ -322,9 +324,16 @@ class PROMAConfig(GRPOConfig):
             low=sys.float_info.min,
             way_out='To transform nothing, set `isopo="none"`.',
         )
-        for name in ("intra_dim", "intra_power_iterations"):
-            setattr(self, name, check_whole(name, getattr(self, name), low=0))
+        check_intra(
+            self.intra_dim,
+            self.intra_power_iterations,
+            self.intra_strength,
+            self.intra_target,
+            self.intra_head,
+            prefix="intra_",
+        )
         intra = self.intra_settings()
+        self.intra_dim, self.intra_power_iterations = int(intra.dim), int(intra.power_iterations)
         self.intra_strength = float(intra.strength)
         if intra.removes and self.projection_scope == "global":
             if self._needs_sequences() or intra.target == "accumulated":
@@ -347,6 +356,15 @@ class PROMAConfig(GRPOConfig):
                         'such as `divergence="binary_tv"`, or leave it out.'
                     )
             return
+        check_trust_region(
+            self.divergence,
+            self.divergence_threshold,
+            self.divergence_threshold_high,
+            self.divergence_top_k,
+            self.divergence_mask,
+            self.ratio_cap,
+            prefix="divergence_",
+        )
         region = self.trust_region()
         for name in changed:
             if name in _CORRECTION:

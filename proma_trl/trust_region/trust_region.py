@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -106,7 +106,7 @@ class TrustRegion:
             C, a positive number. By default there is none. A capped token keeps its gradient.
 
     Raises:
-        ValueError: If a value is outside its range. Names are those of the configuration's fields.
+        ValueError: If a value is outside its range.
     """
 
     divergence: str = "binary_tv"
@@ -121,27 +121,7 @@ class TrustRegion:
     papers: ClassVar[tuple[dict[str, str], ...]] = (_PAPER,)
 
     def __post_init__(self) -> None:
-        check_choice("divergence", self.divergence, DIVERGENCES)
-        for name, value in (
-            ("divergence_threshold", self.threshold),
-            ("divergence_threshold_high", self.threshold_high),
-        ):
-            if value is None:
-                continue
-            if self.divergence.endswith("tv"):
-                check_real(name, value, "above 0 and at most 1, as total variation is", sys.float_info.min, 1.0)
-            else:
-                check_real(name, value, "a finite number of at least 0")
-        check_whole("divergence_top_k", self.top_k)
-        check_choice("divergence_mask", self.mask, MASKS)
-        if self.ratio_cap is not None:
-            check_real(
-                "ratio_cap",
-                self.ratio_cap,
-                "a positive, finite number",
-                sys.float_info.min,
-                way_out="For no cap, set `ratio_cap=None`.",
-            )
+        check_trust_region(self.divergence, self.threshold, self.threshold_high, self.top_k, self.mask, self.ratio_cap)
 
     @property
     def thresholds(self) -> tuple[float, float]:
@@ -200,3 +180,37 @@ class TrustRegion:
         if self.mask == "symmetric":
             return (up | down) & (advantages != 0)
         return (up & (advantages > 0)) | (down & (advantages < 0))
+
+
+def check_trust_region(
+    divergence: Any, threshold: Any, threshold_high: Any, top_k: Any, mask: Any, ratio_cap: Any, prefix: str = ""
+) -> None:
+    """
+    Check settings of [`TrustRegion`].
+
+    Args:
+        divergence, threshold, threshold_high, top_k, mask, ratio_cap: The settings.
+        prefix (`str`, *optional*): What the names of those between `divergence` and `ratio_cap` begin with where the
+            user has set them.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+    check_choice("divergence", divergence, DIVERGENCES)
+    for name, value in ((f"{prefix}threshold", threshold), (f"{prefix}threshold_high", threshold_high)):
+        if value is None:
+            continue
+        if divergence.endswith("tv"):
+            check_real(name, value, "above 0 and at most 1, as total variation is", sys.float_info.min, 1.0)
+        else:
+            check_real(name, value, "a finite number of at least 0")
+    check_whole(f"{prefix}top_k", top_k)
+    check_choice(f"{prefix}mask", mask, MASKS)
+    if ratio_cap is not None:
+        check_real(
+            "ratio_cap",
+            ratio_cap,
+            "a positive, finite number",
+            sys.float_info.min,
+            way_out="For no cap, set `ratio_cap=None`.",
+        )

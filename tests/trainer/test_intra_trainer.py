@@ -19,7 +19,7 @@ from support.harness import (
     trainer_gradients,
 )
 
-from proma_trl import PROMAConfig
+from proma_trl import ProjectedAccumulation, PROMAConfig
 from proma_trl.intra import IntraPROMA
 
 DIM = 3
@@ -213,7 +213,10 @@ def test_values_of_the_wrong_kind_or_out_of_range_are_refused_by_name(name, valu
     with pytest.raises(ValueError, match=re.escape(f"`{name}` must be ")):
         make_args(tmp_path, **{name: value})
     with pytest.raises(ValueError, match=re.escape(f"`{name}` must be ")):
-        IntraPROMA(**{name.removeprefix("intra_"): value})
+        ProjectedAccumulation(torch.nn.Linear(2, 2), microbatch_size=1, **{name: value})
+    own = name.removeprefix("intra_")
+    with pytest.raises(ValueError, match=re.escape(f"`{own}` must be ")):
+        IntraPROMA(**{own: value})
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"projection": "none", "intra_target": "accumulated"}])

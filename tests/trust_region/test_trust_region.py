@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from support import dppo
+from support.harness import make_args
 
 from proma_trl import TrustRegion
 from proma_trl.trust_region import TopLogProbs, divergences
@@ -136,24 +137,28 @@ def test_thresholds_by_default_are_the_papers():
     "settings,name",
     [
         ({"divergence": "tv"}, "divergence"),
-        ({"threshold": 0.0}, "divergence_threshold"),
-        ({"threshold": 1.5}, "divergence_threshold"),
-        ({"threshold": "0.1"}, "divergence_threshold"),
-        ({"threshold": True}, "divergence_threshold"),
-        ({"threshold_high": -1}, "divergence_threshold_high"),
-        ({"divergence": "binary_kl", "threshold": -0.1}, "divergence_threshold"),
-        ({"divergence": "topk_kl", "threshold_high": math.inf}, "divergence_threshold_high"),
-        ({"divergence": "topk_kl", "threshold": math.nan}, "divergence_threshold"),
-        ({"top_k": 0}, "divergence_top_k"),
-        ({"top_k": 2.5}, "divergence_top_k"),
-        ({"mask": "both"}, "divergence_mask"),
+        ({"threshold": 0.0}, "threshold"),
+        ({"threshold": 1.5}, "threshold"),
+        ({"threshold": "0.1"}, "threshold"),
+        ({"threshold": True}, "threshold"),
+        ({"threshold_high": -1}, "threshold_high"),
+        ({"divergence": "binary_kl", "threshold": -0.1}, "threshold"),
+        ({"divergence": "topk_kl", "threshold_high": math.inf}, "threshold_high"),
+        ({"divergence": "topk_kl", "threshold": math.nan}, "threshold"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"mask": "both"}, "mask"),
         ({"ratio_cap": 0}, "ratio_cap"),
         ({"ratio_cap": math.inf}, "ratio_cap"),
     ],
 )
-def test_bad_values_are_refused_by_name(settings, name):
+def test_bad_values_are_refused_by_name(settings, name, tmp_path):
     with pytest.raises(ValueError, match=f"`{name}` must be"):
         TrustRegion(**settings)
+    # A configuration has names of its own
+    own = {n: n if n in ("divergence", "ratio_cap") else f"divergence_{n}" for n in (*settings, name)}
+    with pytest.raises(ValueError, match=f"`{own[name]}` must be"):
+        make_args(tmp_path, **{"divergence": "binary_tv", **{own[n]: value for n, value in settings.items()}})
 
 
 def test_thresholds_at_the_ends_are_allowed():
