@@ -27,8 +27,36 @@ def test_every_quote_is_the_start_of_a_message():
     assert len(QUOTES) == len(set(QUOTES)) >= 30
 
 
+def explained(entry):
+    """The quotes of an entry, one or two at a time, each with the text behind."""
+    parts = re.split(r"```text\n(.*?)\n```", entry.partition("\n")[2].partition("\n## ")[0], flags=re.DOTALL)
+    quotes, together = [], []
+    for quote, text in zip(parts[1::2], parts[2::2], strict=True):
+        together.append(" ".join(quote.split()))
+        if text.strip() or len(together) == 2:
+            quotes.append((" ".join(together), text.strip()))
+            together = []
+    return [*quotes, *((quote, "") for quote in together)]
+
+
+def says_more(quote, text):
+    """Whether a text has a sentence with words that a quote does not have."""
+    words = set(re.findall(r"[a-z]{3,}", text.lower())) - set(re.findall(r"[a-z]{3,}", quote.lower()))
+    return len(words) >= 5 and text.endswith(".")
+
+
 def test_every_message_is_explained():
-    """Text, not another quote or heading, comes after each quote, or after the two of one entry."""
-    for block in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]:
-        rest = re.sub(r"```.*?```", "", block.partition("\n")[2], flags=re.DOTALL).partition("\n## ")[0]
-        assert len(rest.split()) >= 3, block
+    entries = re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]
+    found = [pair for entry in entries for pair in explained(entry)]
+    assert sum(quote.count("`") for quote, _ in found) > 40
+    assert [quote for quote, text in found if not says_more(quote, text)] == []
+
+
+def test_what_explains_nothing_is_found():
+    quote = "```text\nThe model is wrong.\n```\n"
+    text = "Its head has no weight, so train another one.\n"
+    assert [says_more(*pair) for pair in explained(f"Title\n\n{quote}\n{text}")] == [True]
+    assert [says_more(*pair) for pair in explained(f"Title\n\n{quote}\n{quote}\n{text}")] == [True]
+    assert [says_more(*pair) for pair in explained(f"Title\n\n{quote}\n{quote}\n{quote}\n{text}")] == [False, True]
+    for nothing in ("", "See above now.", "The model is wrong.", "the model is wrong, the model is wrong, is it not."):
+        assert not any(says_more(*pair) for pair in explained(f"Title\n\n{quote}\n{nothing}"))
