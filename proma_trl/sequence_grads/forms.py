@@ -295,7 +295,7 @@ class HeldFactor:
 
     def transpose_times(self, rows: torch.Tensor) -> torch.Tensor:
         # Sequence by sequence: long sums for few results are slow, on a CPU as on a GPU
-        rows = rows.view(*self._matrix.shape[:2], -1).to(self._matrix.dtype)
+        rows = rows.view(*self._matrix.shape[:2], rows.shape[-1]).to(self._matrix.dtype)
         return batched_product(rows.mT, self._matrix).sum(0).mT
 
     def sweep(self, rows: torch.Tensor, between: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

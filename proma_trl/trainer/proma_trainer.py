@@ -29,7 +29,7 @@ from .config import PROMAConfig
 from .fused_head import sequence_head
 from .model_card import EVIDENCE, ModelCardMixin
 from .run_description import SayWhatRuns
-from .sampler_log_probs import sampler_log_probs
+from .sampler_log_probs import check_log_probs, sampler_log_probs
 from .sampling import check_server, check_server_log_probs
 from .setup_checks import (
     RefuseNoSteps,
@@ -250,6 +250,8 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         mode = "train" if training else "eval"
         if training and self.accumulation is not None:
             _refuse_token_advantages(inputs["advantages"])
+        if self.trust_region is not None:
+            self._check_anchor(inputs)
         with self._token_weights(mode, inputs):
             if training and not self._checked:
                 self._checked = True
@@ -265,6 +267,31 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         for name in [name for name in metrics if name.startswith("clip_ratio/")]:
             del metrics[name]
         return loss
+
+    def _check_anchor(self, inputs: dict[str, Any]) -> None:
+        """
+        Check that a microbatch has the sampler's log-probabilities, and nothing that would weigh tokens by a second
+        ratio.
+
+        Raises:
+            ValueError: If not. TRL's rollouts never hold more, but a subclass may add to them.
+        """
+        setting = f"`divergence={self.args.divergence!r}`"
+        for name in ("old_per_token_logps", "importance_sampling_ratio"):
+            if inputs.get(name) is not None:
+                raise ValueError(
+                    f"The microbatch holds `{name}`, and with {setting} the importance ratio is the one to the "
+                    "sampler, in `sampling_per_token_logps`: tokens would be weighted by two ratios. Leave "
+                    f"`{name}` out of what `_generate_and_score_completions` returns, or set `divergence=None`."
+                )
+        shape, sampled = tuple(inputs["completion_ids"].shape), inputs.get("sampling_per_token_logps")
+        found = None if sampled is None else tuple(sampled.shape)
+        if found != shape:
+            what = "no `sampling_per_token_logps`" if found is None else f"`sampling_per_token_logps` of shape {found}"
+            raise ValueError(
+                f"The microbatch holds {what}, and {setting} needs the sampler's log-probabilities of completions of "
+                f"shape {shape}. Keep those that `_generate_and_score_completions` returns, or set `divergence=None`."
+            )
 
     def _projected_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss, linear in the advantages, taken apart: each sequence's part, and its advantage."""
@@ -452,18 +479,48 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout. Where a trust region is anchored on the sampler, TRL need not run the policy again."""
-        if self.trust_region is None:
-            return super()._generate_and_score_completions(inputs)
-        with replaced(self, SCORING, lambda *args, **kwargs: (None, None, None)), recorded(self, "_generate") as calls:
+        unscored = nullcontext()
+        if self.trust_region is not None:
+            unscored = replaced(self, SCORING, lambda *args, **kwargs: (None, None, None))
+        with self._checked_generation() as calls, unscored:
             rollout = super()._generate_and_score_completions(inputs)
-        _, _, _, _, log_probs, *_ = calls["result"]
-        if log_probs is None:
-            raise ValueError(
-                f"`divergence={self.args.divergence!r}` needs the log-probabilities of sampled tokens, and "
-                "`rollout_func` returned None as `logprobs`. Return them, or set `divergence=None`."
-            )
-        self.trust_region.complete_rollout(rollout, log_probs)
+        if self.trust_region is not None:
+            self.trust_region.complete_rollout(rollout, calls["log_probs"])
         return rollout
+
+    @contextmanager
+    def _checked_generation(self) -> Iterator[dict[str, Any]]:
+        """
+        Within the context, log-probabilities that a user's code returns with completions are checked, where they
+        count. They are kept as `"log_probs"`.
+        """
+        original, calls = self._generate, {}
+
+        def generate(prompts: list) -> Any:
+            generated = original(prompts)
+            _, completion_ids, masks, _, calls["log_probs"], *_ = generated
+            needed_by, way_out = self._needs_log_probs(calls["log_probs"] is not None)
+            if needed_by:
+                check_log_probs(calls["log_probs"], completion_ids, masks, needed_by, way_out)
+            return generated
+
+        with replaced(self, "_generate", generate):
+            yield calls
+
+    def _needs_log_probs(self, given: bool) -> tuple[str | None, str]:
+        """The setting for which the sampler's log-probabilities are needed, if any, and what to do without them."""
+        if self.trust_region is not None:
+            return f"`divergence={self.args.divergence!r}`", "set `divergence=None`"
+        if self.rollout_func is None:
+            return None, ""
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            name = "vllm_importance_sampling_correction"
+            return f"`{name}=True`", f"set `{name}=False`"
+        # Without them, TRL takes the policy's own
+        if given and self.off_policy_mask_threshold is not None:
+            name = "off_policy_mask_threshold"
+            return f"`{name}={self.off_policy_mask_threshold!r}`", f"leave `{name}` out"
+        return None, ""
 
     def _save_before_failing(self) -> str:
         """Save a checkpoint if this rank can by itself. Returns what became of it."""

@@ -6,6 +6,8 @@ such a number, and takes the sampler's most probable tokens along.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +23,9 @@ from .trl_internals import recorded, replaced
 VLLM_MAX_TOP_K = 20
 
 _NO_TOKEN = -1
+
+# What rounding may leave of the log-probability of a certain token
+_ROUNDING = 0.01
 
 
 class SampledToken(float):
@@ -53,6 +58,62 @@ def top_tensors(sampled: Sequence[Sequence[float]], length: int, top_k: int) -> 
                 ids[i, t, : len(token.ids)], log_probs[i, t, : len(token.ids)] = token.ids, token.log_probs
     log_probs[ids == _NO_TOKEN] = -np.inf
     return torch.from_numpy(ids), torch.from_numpy(log_probs)
+
+
+def check_log_probs(
+    log_probs: Sequence[Sequence[float | None]] | None,
+    completions: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[int]] | None,
+    needed_by: str,
+    way_out: str,
+) -> None:
+    """
+    Check that a rollout's log-probabilities are one number for each token. In TRL's tensors, a gap would count as a
+    probability of one, and a single number as that of all tokens.
+
+    Args:
+        log_probs (`list[list[float]]` or `None`): Those of the sampled tokens; `None` or NaN where one is not known.
+        completions (`list[list[int]]`): The tokens.
+        masks (`list[list[int]]` or `None`): 0 for tokens that were not sampled, a tool's or an environment's.
+        needed_by (`str`): The setting that needs them.
+        way_out (`str`): What to do otherwise.
+
+    Raises:
+        ValueError: If they are not, with the completion's place.
+    """
+    what = f"{needed_by} needs the log-probabilities of sampled tokens, and"
+    if log_probs is None:
+        raise ValueError(f"{what} `rollout_func` returned None as `logprobs`. Return them, or {way_out}.")
+    if len(log_probs) != len(completions):
+        raise ValueError(
+            f"{what} the rollout has {len(completions)} completions and `logprobs` for {len(log_probs)}. Return one "
+            f"list of numbers for each completion, or {way_out}."
+        )
+    for i, (ids, values) in enumerate(zip(completions, log_probs, strict=True)):
+        found = len(values) if hasattr(values, "__len__") else "no list of"
+        if found != len(ids):
+            raise ValueError(
+                f"{what} completion {i} of the rollout has {len(ids)} tokens and {found} numbers in `logprobs`. "
+                "Return one number for each token, None where it is not known (tokens that a tool or an environment "
+                f"wrote are masked, and can have any), or {way_out}."
+            )
+        mask = [] if masks is None else masks[i]
+        for t, value in enumerate(values):
+            if value is None or isinstance(value, SampledToken):
+                continue
+            if not isinstance(value, numbers.Real) and getattr(value, "ndim", None) != 0:
+                raise ValueError(
+                    f"{what} `logprobs` holds {value!r} for token {t} of completion {i} in the rollout, which is no "
+                    "number. Return the sampled token's number alone, where vLLM gives a list of the most probable "
+                    f"tokens', or {way_out}."
+                )
+            sampled = t >= len(mask) or mask[t]
+            if sampled and (value > _ROUNDING or math.isinf(value)):
+                raise ValueError(
+                    f"{what} `logprobs` holds {float(value)} for token {t} of completion {i} in the rollout. A "
+                    "sampled token's log-probability is finite and at most 0. Return natural logarithms of "
+                    f"probabilities, or {way_out}."
+                )
 
 
 @contextmanager

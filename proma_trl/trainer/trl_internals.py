@@ -82,6 +82,7 @@ _ATTRIBUTES = (
     "use_transformers_continuous_batching",
     "use_vllm",
     "vllm_generation",
+    "vllm_importance_sampling_correction",
     "vllm_mode",
 )
 # Functions that its methods call

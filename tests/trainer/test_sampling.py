@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support import dppo, oracle
@@ -18,6 +19,8 @@ from support.harness import (
 )
 from transformers import AutoModelForCausalLM
 
+from proma_trl import PROMATrainer
+from proma_trl.trainer.sampler_log_probs import check_log_probs
 from proma_trl.trainer.sampling import check_server
 
 
@@ -426,6 +429,132 @@ def test_a_rollout_function_without_log_probabilities(tmp_path):
         trainer.train()
     with pytest.raises(ValueError, match=r"`divergence='topk_tv'` needs the most probable tokens.*`rollout_func`"):
         make_trainer(tmp_path, divergence="topk_tv", rollout_func=rollout(True))
+
+
+TOKENS = [[7, 8, 9], [7, 8]]
+KNOWN = [[-1.0, -2.0, -3.0], [-1.0, -2.0]]
+MISFITS = [
+    (KNOWN[:1], "2 completions and `logprobs` for 1"),
+    ([KNOWN[0], [-1.0]], "completion 1 of the rollout has 2 tokens and 1 numbers"),
+    ([KNOWN[0], [-1.0, -2.0, 0.0]], "completion 1 of the rollout has 2 tokens and 3 numbers"),
+    ([[], KNOWN[1]], "completion 0 of the rollout has 3 tokens and 0 numbers"),
+    ([None, KNOWN[1]], "completion 0 of the rollout has 3 tokens and no list of numbers"),
+    ([-1.0, -2.0], "completion 0 of the rollout has 3 tokens and no list of numbers"),
+    (torch.zeros(2, 3), "completion 1 of the rollout has 2 tokens and 3 numbers"),
+    ([KNOWN[0], [[-1.0], [-2.0]]], r"`logprobs` holds \[-1.0\] for token 0 of completion 1 .*no number.*vLLM"),
+    ([KNOWN[0], torch.zeros(2, 1)], "for token 0 of completion 1 in the rollout, which is no number"),
+    ([KNOWN[0], ["-1", "-2"]], "`logprobs` holds '-1' for token 0 of completion 1"),
+    ([[-1.0, 0.3, -3.0], KNOWN[1]], "`logprobs` holds 0.3 for token 1 of completion 0 .*natural logarithms"),
+    ([[-1.0, -2.0, float("-inf")], KNOWN[1]], "`logprobs` holds -inf for token 2 of completion 0"),
+]
+
+
+@pytest.mark.parametrize("log_probs,message", MISFITS)
+def test_log_probabilities_that_are_not_one_number_a_token_are_refused(log_probs, message):
+    with pytest.raises(ValueError, match=f"^`divergence='x'` needs .*{message}.*, or leave it out\\.$"):
+        check_log_probs(log_probs, TOKENS, None, "`divergence='x'`", "leave it out")
+
+
+def test_unknown_ones_tensors_and_those_of_a_tool_are_taken():
+    as_arrays = [np.array(values, dtype=np.float32) for values in KNOWN]
+    for log_probs, masks in (
+        (KNOWN, None),
+        ([[None, float("nan"), -3], [-1.0, 1e-4]], None),
+        ([torch.tensor(values) for values in KNOWN], None),
+        (as_arrays, None),
+        ([[-1.0, 5.0, -3.0], KNOWN[1]], [[1, 0, 1], [1]]),
+    ):
+        check_log_probs(log_probs, TOKENS, masks, "`divergence='x'`", "leave it out")
+    with pytest.raises(ValueError, match=r"holds 5\.0 for token 1"):
+        check_log_probs([[-1.0, 5.0, -3.0], KNOWN[1]], TOKENS, [[1], [1]], "`divergence='x'`", "leave it out")
+
+
+def rollout_of(log_probs, **fields):
+    def function(prompts, trainer):
+        ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        completions = [[7, 8, 9] for _ in prompts]
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": [log_probs for _ in prompts], **fields}
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"divergence": "binary_tv"}, r"`divergence='binary_tv'` needs .*3 tokens and 2 .*set `divergence=None`"),
+        ({"off_policy_mask_threshold": 0.5}, r"`off_policy_mask_threshold=0.5` needs .*3 tokens and 2 .*leave"),
+        ({"use_vllm": True}, r"`vllm_importance_sampling_correction=True` needs .*3 tokens and 2 .*correction=False"),
+    ],
+)
+def test_a_gap_ends_training_at_the_rollout_wherever_it_would_count(settings, message, tmp_path):
+    rewarded = []
+    settings = {"reward_funcs": lambda completions, **kwargs: rewarded.append(1), **settings}
+    trainer = make_trainer(tmp_path, rollout_func=rollout_of([-4.6, -4.6]), **settings)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert not rewarded
+
+
+def test_where_they_do_not_count_they_may_be_anything(tmp_path):
+    """As for `GRPOTrainer`."""
+    found = []
+    for log_probs in ([-4.6, -4.6, -4.6], [0.0]):
+        recorder = StepRecorder()
+        recorder.follow(make_trainer(tmp_path, rollout_func=rollout_of(log_probs))).train()
+        found.append(recorder.steps[0][1])
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
+def test_unknown_log_probabilities_of_a_rollout_function_count_as_a_ratio_of_one(tmp_path):
+    trainer = make_trainer(tmp_path, divergence="binary_tv", rollout_func=rollout_of([-4.6, None, float("nan")]))
+    trainer.train()
+    assert trainer.state.log_history[0]["dppo/missing_fraction"] == pytest.approx(2 / 3)
+
+
+class Adding(PROMATrainer):
+    """Changes what TRL makes of completions, as subclasses may."""
+
+    def _generate_and_score_completions(self, inputs):
+        rollout = super()._generate_and_score_completions(inputs)
+        self.change(rollout)
+        return rollout
+
+
+CHANGES = {
+    "old_per_token_logps": (
+        lambda x: x.update(old_per_token_logps=x["sampling_per_token_logps"].clone()),
+        "The microbatch holds `old_per_token_logps`, .*two ratios. Leave `old_per_token_logps` out",
+    ),
+    "importance_sampling_ratio": (
+        lambda x: x.update(importance_sampling_ratio=torch.ones_like(x["sampling_per_token_logps"])),
+        "The microbatch holds `importance_sampling_ratio`, .*two ratios",
+    ),
+    "none": (
+        lambda x: x.pop("sampling_per_token_logps"),
+        "The microbatch holds no `sampling_per_token_logps`, and `divergence='binary_tv'` needs",
+    ),
+    "narrow": (
+        lambda x: x.update(sampling_per_token_logps=x["sampling_per_token_logps"][:, :1]),
+        r"holds `sampling_per_token_logps` of shape \(4, 1\), .*completions of shape \(4, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("projection", ["none", "iterative"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_microbatch_with_another_ratio_or_without_the_samplers_is_refused(name, projection, tmp_path):
+    """What the loss gets counts, whoever made it."""
+    trainer = make_trainer(tmp_path, None, Adding, divergence="binary_tv", projection=projection)
+    trainer.change, message = CHANGES[name]
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_another_ratio_of_none_is_none(tmp_path):
+    trainer = make_trainer(tmp_path, None, Adding, divergence="binary_tv")
+    trainer.change = lambda rollout: rollout.update(old_per_token_logps=None)
+    trainer.train()
+    assert trainer.state.log_history[0]["dppo/ratio/max"] == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("use_vllm", [False, True])
