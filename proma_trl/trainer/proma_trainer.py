@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
@@ -47,6 +47,19 @@ logger = logging.getLogger(__name__)
 
 
 _RULE_FILE = "update_rule.pt"
+
+# Where microbatches and optimizer steps end, how long completions are, and what ratios are taken to
+_ROLLOUT_SETTINGS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    "use_vllm",
+    "vllm_importance_sampling_correction",
+)
 
 
 class _LogAtStart(TrainerCallback):
@@ -560,8 +573,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             return
         rollout = {
             "global_step": self.state.global_step,
-            "ranks": self.accelerator.num_processes,
-            "top_k": self._top_k(),
+            "made_for": self._rollout_settings(),
             "step": self._step,
             "inputs": self._buffered_inputs,
         }
@@ -569,39 +581,112 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         torch.save(rollout, folder / self._rollout_file())
 
     def _load_rollout(self, folder: Path) -> None:
-        path = folder / self._rollout_file()
-        if not path.is_file():
-            return
-        rollout = torch.load(path, map_location="cpu", weights_only=True)
-        # With another number of ranks, completions would be missing or twice there: TRL generates anew. The file is
-        # another step's where checkpoints replace each other, as `last-checkpoint` on the Hub. And a rollout that was
-        # made for a trust region is of no use without one, nor the other way round.
-        made_for = (rollout["global_step"], rollout["ranks"], rollout.get("top_k"))
-        if made_for == (self.state.global_step, self.accelerator.num_processes, self._top_k()):
+        """Take up a rollout, if all ranks have theirs and it fits. Else TRL generates anew, as `GRPOTrainer` does."""
+        rollout, problem = self._read_rollout(folder / self._rollout_file())
+        # Ranks generate together, or none does
+        found = gather_object([(rollout is not None, problem)])
+        if all(fits for fits, _ in found):
             self._step = rollout["step"]
             self._buffered_inputs = send_to_device(rollout["inputs"], self.accelerator.device, skip_keys=ON_CPU)
+            return
+        problems = [problem for _, problem in found if problem is not None]
+        if not problems and any(fits for fits, _ in found):
+            missing = [str(rank) for rank, (fits, _) in enumerate(found) if not fits]
+            problems.append(f"process {', '.join(missing)} has none")
+        if problems and self.accelerator.is_main_process:
+            logger.warning(
+                "The rollout in %s is left out, and completions are generated anew: %s.", folder, problems[0]
+            )
 
-    def _top_k(self) -> int | None:
-        return None if self.trust_region is None else self.trust_region.top_k
+    def _read_rollout(self, path: Path) -> tuple[dict[str, Any] | None, str | None]:
+        """This rank's rollout, if there is one that fits, or why it does not."""
+        if not path.is_file():
+            return None, None
+        try:
+            rollout = torch.load(path, map_location="cpu", weights_only=True)
+            made_for, step, _, _ = _made_for(rollout), rollout["global_step"], rollout["step"], rollout["inputs"]
+        except Exception as error:  # each way to damage a file has its own
+            return None, f"`{path.name}` can't be read ({type(error).__name__}: {error})"
+        # It is another step's where checkpoints replace each other, as `last-checkpoint` on the Hub: nothing is lost
+        if step != self.state.global_step:
+            return None, None
+        now = self._rollout_settings()
+        different = [
+            f"`{name}` was {value!r} when it was made, and is {now[name]!r}"
+            for name, value in made_for.items()
+            if name in now and value != now[name]
+        ]
+        return (None, "; ".join(different)) if different else (rollout, None)
+
+    def _rollout_settings(self) -> dict[str, Any]:
+        """What a rollout is made for, by name: with other values, the rest of it is of no use."""
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "divergence": None if self.trust_region is None else _anchor(self.trust_region.top_k),
+            **{name: getattr(self.args, name) for name in _ROLLOUT_SETTINGS},
+        }
 
     def _save_rule(self, folder: Path) -> None:
         state = {} if self.accumulation is None else self.accumulation.state_dict()
         if state and self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save({"rule": self.accumulation.name, "state": state}, folder / _RULE_FILE)
+            torch.save({**self._rule_settings(), "state": state}, folder / _RULE_FILE)
 
     def _load_rule(self, folder: Path) -> None:
         if self.accumulation is None or not (folder / _RULE_FILE).is_file():
             return
-        saved = torch.load(folder / _RULE_FILE, map_location="cpu", weights_only=True)
         name = self.accumulation.name
-        if saved["rule"] == name:
-            self.accumulation.load_state_dict(saved["state"])
+        try:
+            saved = torch.load(folder / _RULE_FILE, map_location="cpu", weights_only=True)
+            rule, state = saved["rule"], saved["state"]
+        except Exception as error:  # as above
+            logger.warning(
+                "`%s` in %s can't be read (%s: %s): %s starts without its state.",
+                *(_RULE_FILE, folder, type(error).__name__, error, name),
+            )
+            return
+        now = self._rule_settings()
+        # A file of an earlier version has the rule alone
+        if rule != name:
+            logger.warning("%s holds the state of %s: %s starts without one.", folder, rule, name)
+        elif saved.get("isopo", now["isopo"]) != now["isopo"]:
+            logger.warning(
+                "%s holds the running means of `isopo=%r`: `isopo=%r` starts without them.",
+                *(folder, saved["isopo"], now["isopo"]),
+            )
+        elif other := set(saved.get("parameters", now["parameters"])).symmetric_difference(now["parameters"]):
+            logger.warning(
+                "%s holds the state of %s for other parameters than are trained, in which `%s` differs: it starts "
+                "without one.",
+                *(folder, rule, min(other)),
+            )
         else:
-            logger.warning("%s holds the state of %s: %s starts without one.", folder, saved["rule"], name)
+            self.accumulation.load_state_dict(state)
+
+    def _rule_settings(self) -> dict[str, Any]:
+        """What the update rule's state is of."""
+        trained = [name for name, param in self.model.named_parameters() if param.requires_grad]
+        return {"rule": self.accumulation.name, "isopo": self.args.isopo, "parameters": trained}
 
     def _rollout_file(self) -> str:
         return f"rollout_{self.accelerator.process_index}.pt"
+
+
+def _made_for(rollout: dict[str, Any]) -> dict[str, Any]:
+    """What a saved rollout was made for, by name; of an earlier version's, what can be known."""
+    if "made_for" in rollout:
+        return rollout["made_for"]
+    return {
+        "num_processes": rollout["ranks"],
+        "divergence": _anchor(rollout.get("top_k")),
+        "per_device_train_batch_size": len(rollout["inputs"][0]["completion_ids"]),
+        "steps_per_generation": len(rollout["inputs"]),
+    }
+
+
+def _anchor(top_k: int | None) -> str | None:
+    """What a trust region needs of a rollout: log-probabilities of the sampled tokens, or of others as well."""
+    return None if top_k is None else "binary" if top_k == 0 else f"top-{top_k}"
 
 
 def _refuse_token_advantages(advantages: torch.Tensor) -> None:

@@ -263,3 +263,13 @@ def inputs_for(architecture, k, **kwargs):
         for inputs in microbatches:
             inputs["prompt_mask"][:] = 1
     return microbatches
+
+
+def unscored(microbatches, which):
+    """No token is scored in one microbatch, or in one sequence of each, as where completions are truncated."""
+    for number, inputs in enumerate(microbatches):
+        if which in ("all", number):
+            inputs["completion_mask"][:] = 0
+        elif isinstance(which, str):
+            inputs["completion_mask"][{"first row": 0, "last row": -1}[which]] = 0
+    return microbatches

@@ -17,6 +17,7 @@ from support.harness import (
     make_trainer,
     token_log_probs,
     trainer_gradients,
+    unscored,
 )
 from trl import GRPOTrainer
 
@@ -89,6 +90,21 @@ def test_a_head_that_is_given_unmasked_positions_only(architecture, projection, 
 @pytest.mark.parametrize("kind", ["binary_kl", "topk_kl"])
 def test_masked_tokens_stay_in_every_normalizer(kind, loss_type, tmp_path):
     assert_the_definitions(dppo_trainer(tmp_path, divergence=kind, loss_type=loss_type), "qwen3-tied", 4)
+
+
+@pytest.mark.parametrize(
+    ("k", "which", "compact"), [(1, 1, False), (4, 0, True), (4, 1, False), (4, "first row", True)]
+)
+@pytest.mark.parametrize("kind", ["binary_kl", "topk_tv"])
+def test_nothing_scored(kind, k, which, compact, tmp_path, monkeypatch):
+    """Also with a head that is given unmasked positions only, as on CUDA."""
+    if compact:
+        monkeypatch.setattr(trl_internals._POSITIONS, "_use_triton", lambda device: True)
+    trainer = dppo_trainer(tmp_path, "llama-untied", k, divergence=kind, projection="none")
+    microbatches = unscored(dppo.stale_inputs("llama-untied", k, trainer.trust_region.top_k), which)
+    weigh(trainer, microbatches)
+    check(trainer, microbatches)
+    assert np.isfinite([*trainer.trust_region.pop_metrics("train").values()]).all()
 
 
 def test_more_tokens_than_the_vocabulary_has(tmp_path):

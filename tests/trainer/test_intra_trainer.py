@@ -17,6 +17,7 @@ from support.harness import (
     make_model,
     make_trainer,
     trainer_gradients,
+    unscored,
 )
 
 from proma_trl import ProjectedAccumulation, PROMAConfig
@@ -134,6 +135,41 @@ def test_bfloat16(budget, projection, tmp_path):
         assert all(grad.dtype == torch.float32 for grad in found.values())
     for name, error in errors[1].items():
         assert error <= max(4 * errors[0][name], 0.05), name
+
+
+@pytest.mark.parametrize("projection", ["none", "iterative"])
+@pytest.mark.parametrize(
+    ("k", "which", "budget"),
+    [(1, 0, 0.5), (1, 1, 1e-7), (4, 0, 1e-7), (4, 1, 0.5), (4, 1, 1e-7), (4, 2, 0.5), (4, "first row", 1e-7)],
+)
+def test_nothing_scored(k, which, budget, projection, tmp_path):
+    """Such a microbatch adds nothing, and its tokens span no directions."""
+    settings = {"intra_dim": DIM, "projection": projection, "projection_memory_budget": budget}
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=k, gradient_accumulation_steps=8 // k, **settings)
+    check(trainer, unscored([make_inputs(k, seed) for seed in range(3)], which), HEADS["qwen3-tied"])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama-untied", {"intra_target": "accumulated"}),
+        ("llama-untied", {"intra_target": "accumulated", "projection": "none"}),
+        ("llama-untied", {"intra_power_iterations": 0}),
+        ("llama-untied", {"intra_power_iterations": 2, "projection": "none"}),
+        ("llama-untied", {"projection": "exact"}),
+        ("llama-untied", {"intra_head": False}),
+        ("llama-untied", {"projection": "none", "peft_config": LORA}),
+        ("gptj", {}),
+        ("gptj", {"projection": "none"}),
+        ("gpt2", {"projection": "none"}),
+        ("qwen3-moe", {"projection": "none"}),
+    ],
+)
+def test_nothing_scored_with_other_settings_and_heads(architecture, settings, tmp_path):
+    trainer = make_trainer(tmp_path, make_model(architecture), intra_dim=DIM, **settings)
+    skipped = ["lm_head.weight"] if settings.get("intra_head") is False else []
+    head = HEADS.get(architecture, "lm_head.weight")
+    check(trainer, unscored(inputs_for(architecture, 4), 1), head, skipped=skipped)
 
 
 def test_checkpointing_changes_nothing(tmp_path):

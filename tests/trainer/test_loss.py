@@ -1,5 +1,8 @@
 """The trainer's loss and its gradients, against the float64 definition."""
 
+import copy
+import json
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -12,9 +15,11 @@ from support.harness import (
     make_trainer,
     token_log_probs,
     trainer_gradients,
+    unscored,
 )
 from trl import GRPOConfig, GRPOTrainer
 
+from proma_trl import PROMAConfig, PROMATrainer
 from proma_trl.accumulation.microbatch import Microbatch
 
 ARCHITECTURES = [
@@ -192,3 +197,69 @@ def test_a_first_microbatch_alone_is_grpo_on_policy(tmp_path):
     assert losses == pytest.approx(grpo_losses)
     for name in want:
         assert (found[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
+
+
+@pytest.mark.parametrize("projection", ["iterative", "exact"])
+@pytest.mark.parametrize(("k", "which"), [(1, 1), (4, 0), (4, 1), (4, "first row"), (4, "last row")])
+def test_nothing_scored(k, which, projection, tmp_path):
+    """As where `mask_truncated_completions` masks all of a microbatch: it adds nothing, and protects nothing."""
+    sizes = {"per_device_train_batch_size": k, "generation_batch_size": 8}
+    check(make_trainer(tmp_path, projection=projection, **sizes), unscored(inputs_for("qwen3-tied", k), which))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "budget"),
+    [("llama-untied", 1e-5), ("llama-untied", 1e-7), ("gptj", 0.5), ("gptj", 1e-7), ("qwen3-moe", 0.5), ("lfm2", 0.5)],
+)
+def test_nothing_scored_with_every_head(architecture, budget, tmp_path):
+    trainer = make_trainer(tmp_path, make_model(architecture), projection_memory_budget=budget)
+    check(trainer, unscored(inputs_for(architecture, 4), 1))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_nothing_scored_with_every_loss(loss_type, tmp_path):
+    trainer = make_trainer(tmp_path, loss_type=loss_type, projection="exact")
+    check(trainer, unscored(inputs_for("qwen3-tied", 4), 1))
+
+
+@pytest.mark.parametrize("which", [0, "last row"])
+@pytest.mark.parametrize("isopo", ["natural", "norm", "fisher"])
+def test_nothing_scored_under_isopo(isopo, which, tmp_path):
+    trainer = make_trainer(tmp_path, isopo=isopo)
+    microbatches = unscored(inputs_for("qwen3-tied", 4), which)
+    found, _ = trainer_gradients(trainer, microbatches)
+    oracle.assert_close(found, oracle.accumulate(*definition(trainer, microbatches), weigh=oracle.Isopo(isopo)))
+
+
+METHODS = {
+    "PROMA": {},
+    "exact": {"projection": "exact"},
+    "ISOPO": {"projection": "none", "isopo": "natural"},
+    "Intra-PROMA": {"projection": "none", "intra_dim": 2},
+    "both": {"intra_dim": 2},
+    "accumulated": {"intra_dim": 2, "intra_target": "accumulated"},
+    "DPPO": {"projection": "none", "divergence": "topk_kl"},
+    "all": {"intra_dim": 2, "isopo": "fisher", "divergence": "binary_tv"},
+}
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_scored_at_all_leaves_the_weights_as_grpo_does(method, k, tmp_path):
+    """A whole step, from truncated completions. No metric is other than a finite number."""
+    settings = {"mask_truncated_completions": True, "max_completion_length": 2, "gradient_accumulation_steps": 4}
+    settings |= {"per_device_train_batch_size": k, "weight_decay": 0.0}
+    logged = []
+    for trainer_class, config, own in (
+        (GRPOTrainer, GRPOConfig, {}),
+        (PROMATrainer, PROMAConfig, METHODS[method]),
+    ):
+        trainer = make_trainer(tmp_path, None, trainer_class, config, **settings, **own)
+        trainer.eos_token_ids = [-1]
+        before = copy.deepcopy(trainer.model.state_dict())
+        trainer.train()
+        assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+        logged.append(trainer.state.log_history[0])
+    assert logged[0]["completions/clipped_ratio"] == logged[1]["completions/clipped_ratio"] == 1
+    assert logged[0]["grad_norm"] == logged[1]["grad_norm"] == 0
+    json.dumps(logged[1], allow_nan=False)
