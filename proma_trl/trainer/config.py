@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
+from transformers import GenerationConfig
 from trl import GRPOConfig
 
 from ..intra import IntraPROMA
@@ -32,8 +33,24 @@ _TRUST_REGION = (
     "ratio_cap",
 )
 _CORRECTION = tuple(f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max", "cap"))
-# What makes the distribution that is sampled from another one than the policy at its temperature
+# What makes the distribution that is sampled from another one than the policy at its temperature, if its value is not
+# among these: fields, and what else `generation_kwargs` can hold, for transformers' `generate` and for vLLM
 _TRUNCATION = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+_OF_TRANSFORMERS = {
+    "do_sample": (True,),
+    **dict.fromkeys(("typical_p", "guidance_scale"), (1.0,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), (0.0,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("top_h", "exponential_decay_length_penalty", "watermarking_config"), (None,)),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), (None,)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), (None, [], {})),
+}
+_OF_VLLM = {
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0.0,)),
+    "min_tokens": (0,),
+    **dict.fromkeys(("logit_bias", "allowed_token_ids", "bad_words", "logits_processors"), (None, [], {})),
+    **dict.fromkeys(("structured_outputs", "guided_decoding", "thinking_token_budget"), (None,)),
+}
 
 # Settings of the projection that other methods use, too
 _ALSO_ISOPO = ("projection_memory_budget", "projection_scope", "projection_accumulator_dtype")
@@ -553,13 +570,49 @@ class PROMAConfig(GRPOConfig):
                 f"`divergence_top_k={self.divergence_top_k}` has no effect with `divergence={self.divergence!r}`: "
                 'only `"topk_tv"` and `"topk_kl"` take the most probable tokens.'
             )
-        for name, neutral in _TRUNCATION.items():
-            if getattr(self, name) not in neutral:
+        given = self.generation_kwargs or {}
+        for name, neutral in {**_TRUNCATION, **(_OF_VLLM if self.use_vllm else _OF_TRANSFORMERS)}.items():
+            # What `generation_kwargs` holds takes the place of the field
+            value, where = (
+                (given[name], " in `generation_kwargs`") if name in given else (getattr(self, name, None), "")
+            )
+            if value is not None and value not in neutral:
                 yield (
-                    f"With `{name}={getattr(self, name)!r}`, completions are sampled from another distribution than "
-                    f"the policy's, and `divergence={self.divergence!r}` measures that difference, too. DPPO is "
-                    f"meant for `{name}={neutral[0]!r}`."
+                    f"With `{name}={value!r}`{where}, completions are {self._sampled_otherwise()} DPPO is meant for "
+                    f"`{name}={neutral[0]!r}`."
                 )
+        if self.use_vllm and self.vllm_structured_outputs_regex is not None:
+            yield f"With `vllm_structured_outputs_regex`, completions are {self._sampled_otherwise()} Leave it out."
+        temperature = given.get("temperature")
+        if temperature is not None and temperature != self.temperature:
+            yield (
+                f"With `temperature={temperature!r}` in `generation_kwargs`, completions are "
+                f"{self._sampled_otherwise(f' at `temperature={self.temperature!r}`')} Set the field `temperature`, "
+                "which the loss uses, too."
+            )
+
+    def sampling_left_to_model(self, passed: GenerationConfig, own: GenerationConfig) -> Iterator[str]:
+        """
+        Yields a sentence for each setting of a model's own that transformers' `generate` takes, as TRL leaves it open,
+        and that `divergence` would measure.
+
+        Args:
+            passed (`GenerationConfig`): What TRL generates with.
+            own (`GenerationConfig`): The model's.
+        """
+        for name, neutral in {**_TRUNCATION, **_OF_TRANSFORMERS}.items():
+            value = getattr(own, name, None)
+            if getattr(passed, name, None) is None and value is not None and value not in neutral:
+                yield (
+                    f"With `{name}={value!r}` in the model's `generation_config`, completions are "
+                    f"{self._sampled_otherwise()} Set `model.generation_config.{name} = None`."
+                )
+
+    def _sampled_otherwise(self, at: str = "") -> str:
+        return (
+            f"sampled from another distribution than the policy's{at}, and `divergence={self.divergence!r}` measures "
+            "that difference, too."
+        )
 
     def changed_settings(self) -> list[str]:
         """Names of the update rule's settings that differ from their defaults."""

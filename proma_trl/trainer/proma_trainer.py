@@ -206,6 +206,9 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
                 check_server_log_probs(self.vllm_generation.vllm_client, args)
         check_ranks_agree(self.accelerator, self.model)
         without_effect = settings_without_effect(args, self.accelerator, self.model)
+        samples_here = not (self.use_vllm or self.use_transformers_continuous_batching or rollout_func)
+        if region is not None and samples_here and getattr(self.model, "generation_config", None) is not None:
+            without_effect += args.sampling_left_to_model(self.generation_config, self.model.generation_config)
         if without_effect and self.accelerator.is_main_process:
             for message in without_effect:
                 warnings.warn(message, stacklevel=2)
@@ -594,9 +597,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             missing = [str(rank) for rank, (fits, _) in enumerate(found) if not fits]
             problems.append(f"process {', '.join(missing)} has none")
         if problems and self.accelerator.is_main_process:
-            logger.warning(
-                "The rollout in %s is left out, and completions are generated anew: %s.", folder, problems[0]
-            )
+            logger.warning(f"The rollout in {folder} is left out, and completions are generated anew: {problems[0]}.")
 
     def _read_rollout(self, path: Path) -> tuple[dict[str, Any] | None, str | None]:
         """This rank's rollout, if there is one that fits, or why it does not."""

@@ -285,6 +285,24 @@ CASES |= {
         ("lfm2", False, "", {"gradient_checkpointing": True}),
     )
 }
+# A rank without a scored token in a microbatch takes part all the same
+CASES |= {
+    f"{model}{'-lora' if lora else ''}-unscored{suffix}": {
+        "model": model,
+        "lora": lora,
+        "unscored": ranks,
+        "args": {**STEP, **extra},
+    }
+    for model, lora, ranks, suffix, extra in (
+        ("qwen3-tied", False, [1], "", {"projection": "exact"}),
+        ("llama-untied", False, [0], "-global", {"projection_scope": "global"}),
+        ("llama-untied", False, [1], "-intra", {"intra_dim": 3, "projection": "none"}),
+        ("qwen3-tied", True, [1], "-intra-both", {"intra_dim": 3}),
+        ("qwen3-tied", False, [0, 1], "-intra-both", {"intra_dim": 3}),
+        ("llama-untied", False, [1], "-single", {"per_device_train_batch_size": 1, "intra_dim": 3}),
+        ("qwen3-moe", False, [0], "-rerun", {"learning_rate": 10.0}),
+    )
+}
 # A run of three steps, and the same from the checkpoint of its first step: in the launches of some backends
 RESUMING = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "steps_per_generation": 6, "seed": 3}
 RESUMING |= {"model_init_kwargs": {"dtype": "float32"}, "per_device_train_batch_size": 2}

@@ -4,8 +4,9 @@ What each rank runs: trains tiny policies for a step, case by case, and leaves b
     accelerate launch --config_file ... worker.py cases.json output_dir
 
 A case is `{"name": ..., "model": folder, "args": {...}}`, and optionally `"lora": true`, `"fsdp": true`, `"resume"`
-with a checkpoint, whose path may be relative to the output directory, `"prompts"` with their number, and `"dies_at"`
-with the step that rank 1 does not survive.
+with a checkpoint, whose path may be relative to the output directory, `"prompts"` with their number, `"dies_at"`
+with the step that rank 1 does not survive, and `"unscored"` with the ranks that have no scored token in their second
+microbatch.
 
 Rank r leaves `<name>/inputs_<r>.pt`, the microbatches that its loss was given, in order; all together leave the
 trained policy, `<name>/trained`; and rank 0 the adapter as it was before training, `<name>/adapter.pt`.
@@ -36,8 +37,11 @@ class RecordingTrainer(PROMATrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.microbatches = []
+        self.unscored = ()
 
     def _compute_loss(self, model, inputs):
+        if self.accelerator.process_index in self.unscored and len(self.microbatches) == 1:
+            inputs = {**inputs, "completion_mask": torch.zeros_like(inputs["completion_mask"])}
         kept = {name: value.cpu().clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         self.microbatches.append({**kept, "boundary": torch.tensor(self.accelerator.sync_gradients)})
         return super()._compute_loss(model, inputs)
@@ -75,6 +79,7 @@ def run(case: dict, output_dir: Path) -> None:
         callbacks=callbacks,
         prompts=case.get("prompts", 64),
     )
+    trainer.unscored = case.get("unscored", ())
     if case.get("lora") and trainer.accelerator.is_main_process:
         adapter = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
         torch.save(adapter, folder / "adapter.pt")

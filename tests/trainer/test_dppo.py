@@ -93,9 +93,15 @@ def test_masked_tokens_stay_in_every_normalizer(kind, loss_type, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("k", "which", "compact"), [(1, 1, False), (4, 0, True), (4, 1, False), (4, "first row", True)]
+    ("kind", "k", "which", "compact"),
+    [
+        ("binary_kl", 4, 1, False),
+        ("binary_tv", 1, 1, True),
+        ("topk_tv", 4, 0, False),
+        ("topk_tv", 4, 1, True),
+        ("topk_kl", 4, "first row", True),
+    ],
 )
-@pytest.mark.parametrize("kind", ["binary_kl", "topk_tv"])
 def test_nothing_scored(kind, k, which, compact, tmp_path, monkeypatch):
     """Also with a head that is given unmasked positions only, as on CUDA."""
     if compact:
@@ -456,11 +462,79 @@ def test_what_does_not_work_is_refused_by_name(settings, message, tmp_path):
         ({"top_k": 50}, "With `top_k=50`, .*DPPO is meant for `top_k=0`"),
         ({"min_p": 0.1}, "With `min_p=0.1`"),
         ({"repetition_penalty": 1.1}, "With `repetition_penalty=1.1`"),
+        (
+            {"generation_kwargs": {"top_p": 0.9}},
+            "With `top_p=0.9` in `generation_kwargs`, completions are sampled from another.*meant for `top_p=1.0`",
+        ),
+        (
+            {"generation_kwargs": {"temperature": 0.5}},
+            "With `temperature=0.5` in `generation_kwargs`, .* at `temperature=1.0`.*Set the field `temperature`",
+        ),
     ],
 )
 def test_what_has_no_effect_or_another_one_is_named(settings, message, tmp_path):
     with pytest.warns(UserWarning, match=message):
         make_trainer(tmp_path, divergence="binary_tv", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (
+            {"generation_kwargs": {"top_k": 9, "min_p": 0.1, "repetition_penalty": 1.2}},
+            "top_k min_p repetition_penalty",
+        ),
+        (
+            {"generation_kwargs": {"typical_p": 0.5, "do_sample": False, "min_length": 4}},
+            "do_sample typical_p min_length",
+        ),
+        (
+            {"generation_kwargs": {"suppress_tokens": [7], "sequence_bias": {(7,): 1.0}}},
+            "suppress_tokens sequence_bias",
+        ),
+        ({"top_p": 0.9, "generation_kwargs": {"top_p": 1.0}}, ""),
+        ({"temperature": 0.5, "generation_kwargs": {"temperature": 0.5, "max_new_tokens": 3, "top_k": 0}}, ""),
+        ({"generation_kwargs": {"typical_p": 1.0, "suppress_tokens": [], "do_sample": True, "min_length": 0}}, ""),
+        # What the other sampler does not know
+        ({"generation_kwargs": {"presence_penalty": 1.0}, "vllm_structured_outputs_regex": "a*"}, ""),
+        (
+            {
+                "use_vllm": True,
+                "generation_kwargs": {"presence_penalty": 1.0, "logit_bias": {7: 1.0}, "min_tokens": 2},
+            },
+            "presence_penalty min_tokens logit_bias",
+        ),
+        (
+            {"use_vllm": True, "generation_kwargs": {"structured_outputs": {"json": {}}, "seed": 1}},
+            "structured_outputs",
+        ),
+        ({"use_vllm": True, "vllm_structured_outputs_regex": "a*"}, "vllm_structured_outputs_regex"),
+        ({"use_vllm": True, "generation_kwargs": {"temperature": 0.5}}, "temperature"),
+    ],
+)
+def test_every_way_to_sample_from_another_distribution_is_named(settings, names, tmp_path):
+    messages = make_args(tmp_path, divergence="binary_tv", **settings).settings_without_effect()
+    assert [message.split("`")[1].split("=")[0] for message in messages] == names.split()
+    assert all("sampled from another distribution" in message for message in messages)
+    assert make_args(tmp_path, **settings).settings_without_effect() == []
+
+
+def test_sampling_settings_of_the_models_own(tmp_path, recwarn):
+    """`generate` takes from the model what TRL leaves open, and only that."""
+    named, largest = [], []
+    for own in ({}, {"typical_p": 0.4, "min_p": 0.2, "top_k": 3, "top_p": 0.5, "temperature": 0.3, "do_sample": True}):
+        model = make_model()
+        model.generation_config.update(**own)
+        recwarn.clear()
+        trainer = make_trainer(tmp_path, model, divergence="binary_tv")
+        found = [str(w.message) for w in recwarn if "sampled from another distribution" in str(w.message)]
+        assert all("in the model's `generation_config`, " in message for message in found)
+        named.append([message.split("`")[1] for message in found])
+        trainer.train()
+        largest.append(trainer.state.log_history[0]["dppo/divergence/max"])
+    assert named == [[], ["min_p=0.2", "typical_p=0.4"]]
+    # Before any update
+    assert largest[0] < 1e-4 and largest[1] > 0.01
 
 
 def test_no_warning_by_default(tmp_path, recwarn):
