@@ -71,14 +71,18 @@ class Regime:
     target: float = 0.8
 
 
+# TRL's microbatches, as in the paper
+_SHUFFLED = "--order_by_length false"
+
 REGIMES = {
-    "on_policy": Regime("frontier_on_policy.yaml", 128),
-    "stale": Regime("frontier_stale.yaml", 32),
-    "groups": Regime("frontier_on_policy.yaml", 128, "--whole_groups true"),
-    "adamw": Regime("frontier_on_policy.yaml", 128, "--overlap_every 8"),
-    "sgd": Regime("frontier_on_policy.yaml", 128, "--overlap_every 8 --optim sgd"),
-    "sgd_test": Regime("frontier_on_policy.yaml", 128, "--optim sgd"),
-    "pretrained": Regime("sums_smollm2_cpu.yaml", 32, "", "sums", 15, (0.2, 0.4, 0.8)),
+    "on_policy": Regime("frontier_on_policy.yaml", 128, _SHUFFLED),
+    "ordered": Regime("frontier_on_policy.yaml", 128, "--order_by_length true"),
+    "stale": Regime("frontier_stale.yaml", 32, _SHUFFLED),
+    "groups": Regime("frontier_on_policy.yaml", 128, f"--whole_groups true {_SHUFFLED}"),
+    "adamw": Regime("frontier_on_policy.yaml", 128, f"--overlap_every 8 {_SHUFFLED}"),
+    "sgd": Regime("frontier_on_policy.yaml", 128, f"--overlap_every 8 --optim sgd {_SHUFFLED}"),
+    "sgd_test": Regime("frontier_on_policy.yaml", 128, f"--optim sgd {_SHUFFLED}"),
+    "pretrained": Regime("sums_smollm2_cpu.yaml", 32, _SHUFFLED, "sums", 15, (0.2, 0.4, 0.8)),
 }
 
 

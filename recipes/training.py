@@ -159,6 +159,7 @@ def parse(
     args, training_args, model_args, *_ = make_parser(recipe, algorithm, description).parse_args_and_config(arguments)
     if algorithm != "grpo":
         set_methods(algorithm, training_args)
+        training_args.order_by_length &= not args.whole_groups
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set. Set it to a model on the Hugging Face Hub or a local folder.")
     return args, training_args, model_args

@@ -60,11 +60,14 @@ class Accumulator(ABC):
         advantages (`(n,)`): `a_i` of all n sequences that take part in the running backward pass.
         own (`slice`): Which of them are this rank's.
         num_sequences (`int` or scalar): Their number, without those that only fill up a smaller microbatch.
+        planned_sequences (`int` or `None`): The number of a rank's sequences for which row ranges are planned, where
+            they must not change between microbatches. `None`: the microbatch's own.
     """
 
     advantages: torch.Tensor
     own: slice = slice(None)
     num_sequences: int | torch.Tensor
+    planned_sequences: int | None = None
 
     def begin(self, advantages: torch.Tensor) -> None:
         """A backward pass begins on this rank, with `advantages` of shape `(k,)`."""
@@ -207,7 +210,7 @@ class GlobalAccumulator(Accumulator):
     """
 
     def __init__(self, size: int, keeps: bool):
-        self._size = size
+        self._size = self.planned_sequences = size
         self._keeps = keeps
         self._rank = dist.get_rank()
         self._world = dist.get_world_size()

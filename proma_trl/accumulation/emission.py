@@ -212,7 +212,8 @@ class Emission:
         return products, self.engine.accumulator.advantages.to(products.gram)
 
     def _tensor_grads(self, leaf: nn.Parameter, param: nn.Parameter, parts: Sequence[SequenceGrads]) -> TensorGrads:
-        limit = int(self.engine.memory_budget * GIB) // (self.engine.microbatch_size + 1)
+        size = self.engine.accumulator.planned_sequences or self._num_sequences
+        limit = int(self.engine.memory_budget * GIB) // (size + 1)
         shape = tuple(whole_shape(param)) or (1,)
         return TensorGrads(parts, shape, leaf, self._num_sequences, limit, self.engine.scratch)
 

@@ -10,6 +10,7 @@ import torch
 from ..accumulation import ProjectedAccumulation
 from ..rules import PROMA, InnerProducts, UpdateRule
 from ..trainer import PROMATrainer
+from ..trainer.step_microbatches import StepMicrobatches
 
 _NAME = "PROMA with random directions"
 _SETTINGS = (
@@ -77,7 +78,7 @@ class RandomDirectionsTrainer(PROMATrainer):
     other microbatches. If this does as well as PROMA, it does not matter whose probabilities PROMA holds.
 
     A microbatch takes a forward and a backward pass of twice as many sequences. Metrics of a microbatch (`entropy`)
-    are means over all of them.
+    are means over all of them. Microbatches are TRL's: `order_by_length` has no effect.
 
     Raises:
         ValueError: For settings that project nothing or do more than project; if `loss_type` is not `"dapo"`, since
@@ -101,6 +102,7 @@ class RandomDirectionsTrainer(PROMATrainer):
         self._name, self._tag_names = _NAME, type(self)._tag_names
         self._card_evidence = ()
         settings = self.args
+        self._microbatches = StepMicrobatches(self, orders=False)
         if self.accumulation is None:
             raise ValueError(_SETTINGS)
         if settings.loss_type != "dapo":

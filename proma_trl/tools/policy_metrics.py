@@ -10,6 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
 from ..backends import weights_are_sharded
+from ..trainer.padding import TOKEN_INPUTS, PaddingTrimmer
 from .measurement import PolicyMeasurement
 
 _VISION_INPUTS = (
@@ -149,6 +150,7 @@ class PolicyMetrics(PolicyMeasurement):
         self._snapshots: dict[int, dict[str, torch.Tensor]] = {}
         self._lagged: deque[tuple[int, float]] = deque()
         self._before: list[list[_Policy]] = []
+        self._padding = PaddingTrimmer(trainer.model)
         # Its own, so that training draws what it would have drawn
         self._generator = torch.Generator(trainer.accelerator.device).manual_seed(trainer.args.seed)
 
@@ -223,16 +225,28 @@ class PolicyMetrics(PolicyMeasurement):
         trainer = self.trainer
         input_ids, attention_mask, counted = self.sequences(inputs)
         vision = {name: inputs[name] for name in _VISION_INPUTS if name in inputs}
-        step = len(input_ids) if vision else self._sequences_at_a_time(input_ids.size(1))
         with self.as_it_generates():
+            self._padding.probe(trainer, trainer.model, self._token_log_probs)
+            columns = self._padding.columns(attention_mask, counted.size(1), bool(vision))
+            kept = slice(columns.start, columns.stop)
+            input_ids, attention_mask = input_ids[:, kept], attention_mask[:, kept]
+            counted = counted[:, : columns.num_scored]
+            vision |= {name: vision[name][:, kept] for name in TOKEN_INPUTS if name in vision}
+            options = vision | self._padding.positions(columns, input_ids.device, bool(vision))
+            step = len(input_ids) if vision else self._sequences_at_a_time(input_ids.size(1))
             for start in range(0, len(input_ids), step):
                 few = slice(start, start + step)
                 with trainer.accelerator.autocast():
                     logits = trainer.model(
-                        input_ids=input_ids[few], attention_mask=attention_mask[few], **vision
+                        input_ids=input_ids[few], attention_mask=attention_mask[few], **options
                     ).logits
                 logits = logits[:, -counted.size(1) - 1 : -1].float()
                 yield counted[few], (logits / trainer.temperature).log_softmax(-1)
+
+    def _token_log_probs(self, ids: torch.Tensor, mask: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        with self.trainer.accelerator.autocast():
+            logits = self.trainer.model(input_ids=ids, attention_mask=mask, **options).logits
+        return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
 
     def _sequences_at_a_time(self, length: int) -> int:
         if weights_are_sharded(self.trainer.accelerator):

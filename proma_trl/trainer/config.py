@@ -141,6 +141,15 @@ class PROMAConfig(GRPOConfig):
             whatever the sign of the advantage.
         ratio_cap (`float`, *optional*):
             Largest importance ratio with a trust region; a capped token keeps its gradient. `None`: no cap.
+        order_by_length (`bool`, *optional*, defaults to `True`):
+            Whether sequences of similar length of an optimizer step share a microbatch, which saves padding. All
+            microbatches of a step then take about equally many token positions: many short sequences or few long
+            ones, `per_device_train_batch_size` on average. They come in a random order, a function of `seed`. TRL's
+            microbatches stay with `per_device_train_batch_size=1`, and where the loss depends on which sequences share
+            a microbatch: with `loss_type="bnpo"`, and with `top_entropy_quantile`.
+        max_tokens_per_microbatch (`int`, *optional*):
+            Largest number of token positions that a microbatch should take, padding included. Since their number is
+            `gradient_accumulation_steps`, it can be exceeded: a warning then says so.
         adapter_dtype (`str`, *optional*, defaults to `"bfloat16"`):
             What the adapters of a model that is quantized to 4 or 8 bits are trained in (QLoRA). `"bfloat16"`, as in
             TRL; or `"float32"`, in which no small update is lost to rounding.
@@ -287,6 +296,20 @@ class PROMAConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Largest importance ratio with a trust region; a capped token keeps its gradient. `None`: no cap."
+        },
+    )
+    order_by_length: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether sequences of similar length of an optimizer step share a microbatch, which saves "
+            "padding. The number of sequences in a microbatch then varies around `per_device_train_batch_size`."
+        },
+    )
+    max_tokens_per_microbatch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of token positions, padding included, from which on a microbatch is warned of. With "
+            "`order_by_length`, those of a step hold about equally many."
         },
     )
     adapter_dtype: str = field(
@@ -613,6 +636,23 @@ class PROMAConfig(GRPOConfig):
             f"sampled from another distribution than the policy's{at}, and `divergence={self.divergence!r}` measures "
             "that difference, too."
         )
+
+    @property
+    def depends_on_partition(self) -> bool:
+        """Whether the loss depends on which sequences share a microbatch."""
+        return self.loss_type == "bnpo" or self.top_entropy_quantile < 1.0
+
+    @property
+    def orders_by_length(self) -> bool:
+        """Whether sequences of similar length share a microbatch."""
+        return self.order_by_length and self.per_device_train_batch_size > 1 and not self.depends_on_partition
+
+    @property
+    def largest_microbatch(self) -> int:
+        """Largest number of sequences that a microbatch can hold."""
+        k, n = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        # All microbatches but one with a single sequence
+        return (k - 1) * n + 1 if self.orders_by_length and self.projection_scope == "local" else k
 
     def changed_settings(self) -> list[str]:
         """Names of the update rule's settings that differ from their defaults."""

@@ -44,6 +44,10 @@ REFUSED = {
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
+# Means over a microbatch's sequences. "dapo" is a sum over those of a generation batch, and "bnpo" a mean
+# over a microbatch's tokens, in which it matters which sequences share a microbatch
+MEANS_OF_SEQUENCES = ("grpo", "dr_grpo")
+
 # Accepted with some values, or in some setups, only. The text, in Markdown, says which.
 PARTLY_REFUSED = {
     "loss_type": "Only " + ", ".join(f"`{name!r}`" for name in LOSS_TYPES) + ": the loss is REINFORCE, and this "
@@ -73,7 +77,8 @@ PARTLY_REFUSED = {
 OTHER_MEANING = {
     "gradient_accumulation_steps": "The projection acts between the microbatches of a step. With 1 there is nothing "
     "to project: the run is REINFORCE, and the trainer warns.",
-    "per_device_train_batch_size": "Also how many sequences are projected off together.",
+    "per_device_train_batch_size": "Also how many sequences are projected off together. With `order_by_length`, the "
+    "mean over microbatches.",
     "steps_per_generation": "Above `gradient_accumulation_steps`, minibatches are off-policy: the importance ratio is "
     "not clipped, and `divergence` masks tokens.",
     "generation_batch_size": "As `steps_per_generation`.",
@@ -86,7 +91,7 @@ OTHER_MEANING = {
     "top_entropy_quantile": "Masked tokens have no part in the projection.",
     "bf16": "Where it is left unset and training is on a CPU, as it is without a GPU, `False`.",
     "max_grad_norm": "The norm is that of the projected gradient.",
-    "seed": "Also that of Intra-PROMA's random numbers.",
+    "seed": "Also that of Intra-PROMA's random numbers, and of the order of microbatches with `order_by_length`.",
 }
 
 # As under GRPO

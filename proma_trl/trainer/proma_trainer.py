@@ -6,6 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ from ..validation import check_trained, encoder_decoder_refusal
 from .config import PROMAConfig
 from .fused_head import sequence_head
 from .model_card import EVIDENCE, ModelCardMixin
+from .padding import PaddingTrimmer
 from .run_description import SayWhatRuns
 from .sampler_log_probs import check_log_probs, sampler_log_probs
 from .sampling import check_server, check_server_log_probs
@@ -40,6 +42,7 @@ from .setup_checks import (
     settings_without_effect,
     too_few_prompts,
 )
+from .step_microbatches import StepMicrobatches
 from .token_trust_region import ON_CPU, TokenTrustRegion
 from .trl_internals import SCORING, check_trl, prepare_head, recorded, replaced
 
@@ -219,11 +222,16 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         self.trust_region = None if region is None else TokenTrustRegion(region)
         if region is not None:
             self._ask_sampler_for_log_probs()
+        # The fused head is not given the last column. With a column of padding, that is no real token's, whose place
+        # among the head's inputs, from which Intra-PROMA takes a subspace, would otherwise depend on the padding
+        intra = args.intra_settings()
+        self._padding = PaddingTrimmer(self.model, args.pad_to_multiple_of, spare=int(intra.removes and intra.head))
+        self._microbatches = StepMicrobatches(self, orders=args.orders_by_length)
         self.accumulation: ProjectedAccumulation | None = None
-        rule, intra = args.update_rule(), args.intra_settings()
+        rule = args.update_rule()
         if intra.removes or not rule.is_plain:
             check_setup(self.accelerator, args.n_gpu, self.model)
-            self.accumulation = self._new_accumulation(rule, args.per_device_train_batch_size)
+            self.accumulation = self._new_accumulation(rule, args.largest_microbatch)
             if intra.removes and self.accelerator.is_main_process:
                 self.add_callback(_LogAtStart(logging.INFO, [self._what_intra_projects()]))
             if self.accumulation.rerun_names() and self.accelerator.is_main_process:
@@ -261,9 +269,41 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         if self.off_policy_mask_threshold is None:
             self.off_policy_mask_threshold = math.inf
 
+    def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
+        """TRL's microbatch; in training, the next one of the optimizer step as it is laid out."""
+        inputs = super()._prepare_inputs(generation_batch)
+        return self._microbatches.take() if self.model.training else inputs
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """TRL's log-probabilities, without running the model on columns of padding."""
+        score = super()._get_per_token_logps_and_entropies
+        if logits_to_keep == 0:
+            return score(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
+        self._probe_padding(model)
+        arguments = (score, model, input_ids, attention_mask, logits_to_keep)
+        if batch_size is None or batch_size >= len(input_ids):
+            return self._padding.score(*arguments, **kwargs)
+        return self._padding.score_in_chunks(*arguments, size=batch_size, **kwargs)
+
+    def _probe_padding(self, model: torch.nn.Module) -> None:
+        def log_probs(ids: torch.Tensor, mask: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+            run = partial(model, **kwargs) if kwargs else model
+            return super(PROMATrainer, self)._get_per_token_logps_and_entropies(run, ids, mask, ids.shape[1] - 1)[0]
+
+        self._padding.probe(self, model, log_probs)
+
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         training = self.model.training
         mode = "train" if training else "eval"
+        self._probe_padding(model)
         if training and self.accumulation is not None:
             _refuse_token_advantages(inputs["advantages"])
         if self.trust_region is not None:
@@ -280,6 +320,9 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         if self.trust_region is not None and (not training or self.accelerator.sync_gradients):
             self.trust_region.reduce(mode, self.accelerator)
         metrics = self._metrics[mode]
+        if training and metrics["entropy"]:
+            # TRL averages over microbatches: with its share of the tokens, that is the mean over the step's tokens
+            metrics["entropy"][-1] *= self._microbatches.token_share
         for name in [name for name in metrics if name.startswith("clip_ratio/")]:
             del metrics[name]
         return loss
@@ -326,7 +369,9 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             if microbatch is not None and self.accumulation.follows_head:
                 stack.enter_context(sequence_head(microbatch))
             if self.trust_region is not None:
-                stack.enter_context(self.trust_region.reading_head(inputs))
+                mask = inputs["completion_mask"]
+                num_run = self._padding.columns(mask, mask.shape[1]).num_scored if self.trust_region.top_k else 0
+                stack.enter_context(self.trust_region.reading_head(inputs, num_run))
             yield
 
     @contextmanager
@@ -566,6 +611,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        self._microbatches.forget()
         if checkpoint is not None:
             self._load_rollout(Path(checkpoint))
             self._load_rule(Path(checkpoint))

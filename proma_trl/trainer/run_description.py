@@ -51,12 +51,16 @@ class SayWhatRuns(TrainerCallback):
         self._trainer = weakref.ref(trainer)  # the trainer holds its callbacks
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if not state.is_world_process_zero:
-            return
-        if logger.isEnabledFor(logging.INFO):
-            logger.info(describe_run(self._trainer()))
-        elif logger.isEnabledFor(logging.WARNING):
-            tqdm.write(describe_run(self._trainer()))
+        if state.is_world_process_zero:
+            say(describe_run(self._trainer()))
+
+
+def say(message: str) -> None:
+    """Log a message that users should see: where INFO is not shown, print it as the trainer prints its metrics."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(message)
+    elif logger.isEnabledFor(logging.WARNING):
+        tqdm.write(message)
 
 
 def _method(trainer: GRPOTrainer) -> str:

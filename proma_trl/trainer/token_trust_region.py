@@ -52,18 +52,19 @@ class TokenTrustRegion:
             rollout[TOP_IDS], rollout[TOP_LOG_PROBS] = top_tensors(sampled, length, self.top_k)
 
     @contextmanager
-    def reading_head(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+    def reading_head(self, inputs: Mapping[str, Any], num_run: int) -> Iterator[None]:
         """
         Within the context, TRL's fused head also gives the current policy's log-probabilities of the sampler's most
         probable tokens.
 
         Args:
             inputs (`Mapping`): A microbatch, as TRL's loss takes it.
+            num_run (`int`): How many columns of completions the model runs on.
         """
         if not self.top_k:
             yield
             return
-        with top_log_probs(inputs[TOP_IDS], inputs["completion_mask"].bool()) as found:
+        with top_log_probs(inputs[TOP_IDS], inputs["completion_mask"].bool(), num_run) as found:
             self._found = found
             yield
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.nn.functional import pad
 
 from ..sequence_grads.layer import autocast_dtype
 from .trl_internals import head_is_compact, observed_head
@@ -15,7 +16,7 @@ _TILE_ELEMENTS = 2**23
 
 
 @contextmanager
-def top_log_probs(ids: torch.Tensor, mask: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+def top_log_probs(ids: torch.Tensor, mask: torch.Tensor, num_run: int) -> Iterator[list[torch.Tensor]]:
     """
     Within the context, each forward pass of TRL's fused head adds to the list that is yielded the policy's
     log-probabilities of `ids`: `(k, T, K)`, without gradients.
@@ -23,6 +24,7 @@ def top_log_probs(ids: torch.Tensor, mask: torch.Tensor) -> Iterator[list[torch.
     Args:
         ids (`(k, T, K)`): Tokens at each of the T last positions; what is negative is none, and gets any value.
         mask (`(k, T)`, bool): Positions of real tokens.
+        num_run (`int`): How many of the T positions the model runs on, the first ones. Others get zeros.
     """
     found: list[torch.Tensor] = []
 
@@ -34,8 +36,9 @@ def top_log_probs(ids: torch.Tensor, mask: torch.Tensor) -> Iterator[list[torch.
             own = own[mask]
         else:
             # The sequences' positions but for the last token's, of which the prompts' are not scored
+            own = own[:, :num_run]
             hidden, targets, log_probs = (
-                x.unflatten(0, (len(mask), -1))[:, -mask.shape[1] :] for x in (hidden, targets, log_probs)
+                x.unflatten(0, (len(mask), -1))[:, -num_run:] for x in (hidden, targets, log_probs)
             )
         own = torch.cat([targets.unsqueeze(-1), own], -1)
         logits = _logits(hidden.flatten(0, -2), weight, bias, own.flatten(0, -2)).mul_(logit_scale)
@@ -45,7 +48,7 @@ def top_log_probs(ids: torch.Tensor, mask: torch.Tensor) -> Iterator[list[torch.
         values = log_probs.unsqueeze(-1) + logits[..., 1:] - logits[..., :1]
         if compact:
             values = values.new_zeros((*mask.shape, values.shape[-1])).masked_scatter(mask.unsqueeze(-1), values)
-        found.append(values)
+        found.append(pad(values, (0, 0, 0, mask.shape[1] - values.shape[1])))
 
     with observed_head(read):
         yield found

@@ -59,19 +59,22 @@ _METHODS = {
     "_generate_and_score_completions": "self inputs",
     "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
     "_load_optimizer_and_scheduler": "self checkpoint",
+    "_prepare_inputs": "self generation_batch",
     "_save_checkpoint": "self model trial",
     "create_model_card": "self model_name dataset_name tags",
     "get_train_dataloader": "self",
     "get_off_policy_mask": "advantages per_token_logps sampling_per_token_logps mask off_policy_threshold",
     "log": "self logs start_time",
 }
-# Its arguments are passed on as they come
+# Its first five arguments are `self model input_ids attention_mask logits_to_keep`; others are passed on as they come
 SCORING = "_get_per_token_logps_and_entropies"
+_SCORING_ARGUMENTS = "self model input_ids attention_mask logits_to_keep"
 _CLASS_ATTRIBUTES = (SCORING, "_name", "_paper", "_tag_names")
 _ATTRIBUTES = (
     "_buffered_inputs",
     "_metrics",
     "_step",
+    "_tokenizer",
     "aux_loss_enabled",
     "continuous_batching_config",
     "epsilon_high",
@@ -86,7 +89,7 @@ _ATTRIBUTES = (
     "vllm_mode",
 )
 # Functions that its methods call
-_FUNCTIONS = ("shuffle_sequence_dict",)
+_FUNCTIONS = ("shuffle_sequence_dict", "split_pixel_values_by_grid", "unsplit_pixel_values_by_grid")
 _HEAD_NAMES = ("_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx")
 _KERNEL_NAMES = ("_BLOCK_SIZE",)
 if not _IS_1_15:
@@ -129,6 +132,9 @@ def _moved_in_trainer() -> Iterator[str]:
     used = {name for value in vars(GRPOTrainer).values() for name in getattr(_code(value), "co_names", ())}
     yield from (f"GRPOTrainer.{name}" for name in _ATTRIBUTES if name not in used)
     yield from (f"trl.trainer.grpo_trainer.{name}" for name in _FUNCTIONS if name not in used)
+    scoring = getattr(GRPOTrainer, SCORING, None)
+    if scoring is not None and list(inspect.signature(scoring).parameters)[:5] != _SCORING_ARGUMENTS.split():
+        yield f"GRPOTrainer.{SCORING}"
 
 
 def _code(method: Any) -> Any:
@@ -313,6 +319,16 @@ def unwrapped_for_generation(trainer: GRPOTrainer) -> AbstractContextManager:
         gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
         **({} if _IS_1_15 else settings),
     )
+
+
+def split_images(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What TRL's loss takes, with what belongs to images in lists, an entry for each sequence."""
+    return grpo_trainer.split_pixel_values_by_grid(inputs)
+
+
+def join_images(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The opposite of `split_images`."""
+    return grpo_trainer.unsplit_pixel_values_by_grid(inputs)
 
 
 def rollouts_in_order() -> AbstractContextManager:
