@@ -49,6 +49,122 @@ def test_right_answers(completion, answer):
     assert is_right(completion, answer) == 1.0
 
 
+# Between thousands
+SEPARATORS = [
+    ",",
+    "\\,",
+    "\\;",
+    "\\:",
+    "\\ ",
+    ",\\!",
+    "{,}",
+    "{\\,}",
+    "~",
+    "'",
+    "’",
+    "_",
+    "\u2009",
+    "\u202f",
+    "\u00a0",
+    " ",
+]
+FORMS = [
+    "#### {}",
+    "\\boxed{{{}}}",
+    "\\boxed{{\\text{{{}}}}}",
+    "<answer>{}</answer>",
+    "The answer is ${}$.",
+    "\\boxed{{\\${} a day}}",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("separator", SEPARATORS)
+def test_thousands(separator, form):
+    if separator == " " and form.startswith("The"):
+        return  # in a sentence, it could stand between two numbers
+    assert is_right(form.format(separator.join(("1", "080"))), "1080") == 1.0
+    assert is_right(form.format(separator.join(("-12", "345", "678"))), "-12345678") == 1.0
+    # Neither groups of another length, nor a number that goes on
+    for digits in (("1", "08"), ("1", "0800"), ("1", "080", "1")):
+        assert is_right(form.format(separator.join(digits)), "".join(digits)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        # Tags, in one line or in several
+        "<answer>18</answer>",
+        "<answer>\n18\n</answer>",
+        "<answer> 18 </answer>.",
+        "<ANSWER>$18</ANSWER>",
+        "<think>17</think><answer>18</answer>",
+        "<answer>17</answer> No: <answer>18</answer>",
+        "<answer>18</answer>\nThat took me 3 steps.",
+        "<answer>18 dollars</answer>",
+        "<answer>\\boxed{18}</answer>",
+        "<answer>12 + 6\n#### 18</answer>",
+        "<answer>\n12 + 6 = 18\nSo she has 18 eggs.\n</answer>",
+        "#### <answer>18</answer>",
+        "<answer>18",
+        "<think>I shall put it in <answer> tags.</think>\n#### 18",
+        "<think>I shall put it in <answer> tags.</think> <answer>18</answer>",
+        "The answer is <b>18</b>.",
+        # Text and fonts within a box
+        "\\boxed{\\text{18}}",
+        "\\boxed{\\text{ 18 dollars}}",
+        "\\boxed{\\text{\\$18}}",
+        "\\boxed{\\text{18}\\text{ eggs}}",
+        "\\boxed{\\text{Total: }18}",
+        "\\boxed{\\text{Total} = 18}",
+        "\\boxed{\\mathbf{18}}",
+        "\\boxed{\\mathbf{x = 18}}",
+        "\\boxed{\\textbf{18}}",
+        "\\boxed{\\boldsymbol{\\frac{36}{2}}}",
+        "\\boxed{{18}}",
+        "\\fbox{18}",
+        "So it is $\\mathbf{18}$.",
+        "#### \\text{18}",
+        # Currencies and units
+        "\\boxed{18\\$}",
+        "\\boxed{€18}",
+        "\\boxed{18 €}",
+        "\\boxed{\\pounds 18}",
+        "\\boxed{₹18}",
+        "\\boxed{\\text{USD }18}",
+        "\\boxed{18 dollars}",
+        "\\boxed{18\\ eggs}",
+        "\\boxed{18~\\text{eggs}}",
+        "\\boxed{18 \\, \\text{km/h}}",
+        "\\boxed{18\\text{ cm}^2}",
+        "\\boxed{18 \\mathrm{~cm}}",
+        "\\boxed{18 years old}",
+        "\\boxed{18/hour}",
+        "\\boxed{\\$18/\\text{hour}}",
+        "\\boxed{18°}",
+        "\\boxed{18\\%}",
+        "The answer is \\$18.",
+        # Markdown, and what follows
+        "Answer: *18*",
+        "The answer is `18`.",
+        "#### __18__",
+        "\\boxed{18.}",
+        "\\boxed{18} That took me 3 steps.",
+        "\\boxed{18} dollars, so in 2 days she has \\$36.",
+    ],
+)
+def test_answers_as_models_write_them(completion):
+    assert is_right(completion) == 1.0
+    wrong = completion.replace("18", "19").replace("36", "38")
+    assert is_right(wrong) == 0.0 and is_right(wrong, "19") == 1.0
+
+
+def test_signs_and_fractions():
+    assert is_right("\\boxed{–5}", "-5") == is_right("\\boxed{\\text{-5}}", "-5") == 1.0
+    assert is_right("\\boxed{\\frac12}", "0.5") == is_right("\\boxed{\\dfrac{1}{2}}", "1/2") == 1.0
+    assert is_right("\\boxed{18–5}", "-5") == 0.0
+
+
 @pytest.mark.parametrize(
     "completion",
     [
@@ -69,6 +185,34 @@ def test_right_answers(completion, answer):
         "#### 12 + 6",
         "#### 20 - 2",
         "#### 9 * 2",
+        # Several numbers
+        "<answer>17</answer> 18",
+        "18 <answer>none</answer>",
+        "18 <answer></answer>",
+        "<answer>18</answer><answer>17</answer>",
+        "<answer>17 or 18</answer>",
+        "<answer>(17, 18)</answer>",
+        "#### 17 or 18",
+        "#### 17, 18",
+        "#### (17, 18)",
+        "#### between 17 and 18",
+        "\\boxed{17, 18}",
+        "\\boxed{18 \\text{ or } 19}",
+        "\\boxed{18 \\text{ dollars and } 50 \\text{ cents}}",
+        "\\boxed{\\text{17 or 18}}",
+        "\\boxed{18 dollars and fifty cents}",
+        "\\boxed{x = 18, y = 19}",
+        # Other numbers
+        "\\boxed{18.5}",
+        "\\boxed{\\text{18.5}}",
+        "\\boxed{18\\text{.5}}",
+        "\\boxed{1\\text{8}}",
+        "\\boxed{18 pi}",
+        "\\boxed{18 million}",
+        "\\boxed{18x}",
+        "\\boxed{18^2}",
+        "\\boxed{x > 18}",
+        "\\boxed{\\text{not }18}",
         "\x00\ufffd $$ \\frac{ {{{ 19",
     ],
 )
