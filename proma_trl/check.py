@@ -1,8 +1,8 @@
 """
 Says whether PROMA trains a model, and how each of its layers yields the gradients of single sequences.
 
-    python -m proma_trl.check Qwen/Qwen3-30B-A3B --microbatch_size 8
-    python -m proma_trl.check Qwen/Qwen3-30B-A3B --use_peft --lora_target_modules q_proj v_proj
+    proma-trl check Qwen/Qwen3-30B-A3B --microbatch_size 8
+    proma-trl check Qwen/Qwen3-30B-A3B --use_peft --lora_target_modules q_proj v_proj
 
 The model is made without weights from its configuration, on the Hugging Face Hub or in a local folder. The exit status
 is 0 if it trains, and 1 if not. With one sequence a microbatch, and with Intra-PROMA alone, every model does.
@@ -11,6 +11,8 @@ is 0 if it trains, and 1 if not. With one sequence a microbatch, and with Intra-
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -135,6 +137,23 @@ def check(model: nn.Module, microbatch_size: int = 8) -> Report:
     )
 
 
+def missing_model(name: str, error: Exception) -> str:
+    """A sentence on a model whose configuration can't be read."""
+    if os.path.isdir(name):
+        reason = f"is a folder without a model that can be read: {_first_line(error)}"
+    elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        reason = "is no folder."
+    elif isinstance(error, OSError):
+        reason = "is neither a local folder nor a model within reach on the Hugging Face Hub."
+    else:
+        reason = f"can't be read: {_first_line(error)}"
+    return f"model_name_or_path={name!r} {reason}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
 def make_model(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
     """A model from its configuration, on the meta device, which holds no numbers."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
@@ -185,20 +204,36 @@ def main(arguments: list[str]) -> int:
         [ModelConfig],
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="proma_trl.check",
+        prog="proma-trl check",
+        usage="%(prog)s MODEL [options]; %(prog)s --help lists them",
     )
-    parser.add_argument("model", help="a model on the Hugging Face Hub, or a local folder")
+    parser.add_argument("model", nargs="?", help="a model on the Hugging Face Hub, or a local folder")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--microbatch_size", type=int, default=8, help="sequences in a microbatch (default: 8)")
-    peft_args, own = parser.parse_args_into_dataclasses(arguments)
-    model = make_model(own.model, own.trust_remote_code, peft_args.model_revision)
+    for action in parser._actions:
+        if action.dest == "model_name_or_path":
+            action.help = argparse.SUPPRESS  # as `train` calls it; one name is enough
+    peft_args, own, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    name = own.model or peft_args.model_name_or_path
+    if rest:
+        options = [option for option in parser._option_string_actions if option.startswith("--")]
+        near = difflib.get_close_matches(rest[0], options, n=1, cutoff=0.7)
+        parser.error(f"unknown option {rest[0]}{f'; did you mean {near[0]}?' if near else ''}")
+    if name is None:
+        parser.error("name a model on the Hugging Face Hub, or a local folder")
+    if own.microbatch_size < 1:
+        parser.error(f"--microbatch_size: {own.microbatch_size} is not positive")
+    try:
+        model = make_model(name, own.trust_remote_code, peft_args.model_revision)
+    except (OSError, ValueError) as error:
+        parser.error(missing_model(name, error))
     peft_config = get_peft_config(peft_args)
     if peft_config is not None:
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config)
     report = check(model, own.microbatch_size)
-    print(f"{own.model} ({type(model).__name__})\n{report}")
+    print(f"{name} ({type(model).__name__})\n{report}")
     return 0 if report.trains else 1
 
 

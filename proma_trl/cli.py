@@ -1,6 +1,8 @@
 """The command `proma-trl`: trains policies, compares algorithms, checks models, and demonstrates PROMA."""
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,42 +27,87 @@ class Command:
 
 def train(options: list[str]) -> None:
     """
-    Launches `proma_trl.recipes.train` with Accelerate. All options are checked here first, before any process starts.
+    Launches `proma_trl.recipes.train` with Accelerate. What is wrong with options, reward functions and data is said
+    here first, before any process starts.
 
-    Options that the recipe does not know are those of `accelerate launch`.
+    Options that the recipe does not know are those of `accelerate launch`, and so is all that follows `--`.
     """
+    import datasets
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     from .recipes import train as recipe
     from .recipes.training import choose_algorithm, make_parser
 
+    options, launch_options = split_at_dashes(options)
     parser = make_parser(recipe.TrainArguments, choose_algorithm(options), recipe.__doc__)
     parser.epilog = (
-        "All other options are those of `accelerate launch`, such as --num_processes 2. --accelerate_config takes a "
-        f"file of its settings, or a name: {', '.join(names('accelerate'))}."
+        "Options of `accelerate launch`, such as --num_processes 2, are taken, too; in case of doubt, after --. "
+        "--accelerate_config takes a file of its settings, or a name: "
+        f"{', '.join(names('accelerate'))}."
     )
+    if {"-h", "--help"} & {*options}:
+        parser.print_help()
+        return
+    launcher = launch_command_parser()
+    launcher.error = lambda message: parser.error(f"accelerate launch: {message}")
+    rest: list[str] = []
+
+    def check_rest(parser, unknown):
+        rest.extend(unknown)
+        known = {"--accelerate_config", *launcher._option_string_actions}
+        foreign = [text for text in unknown if text.startswith("--") and text.split("=")[0] not in known]
+        return parser.unknown_options(foreign, known)
+
+    def parse_launch(own):
+        launch = resolve([*rest, *launch_options], "--accelerate_config", "accelerate")
+        launch = ["--config_file" if option == "--accelerate_config" else option for option in launch]
+        parsed = launcher.parse_args(["--quiet", *launch, "--module", recipe.__name__, *own])
+        if parsed.training_script != recipe.__name__:
+            parser.error(f"unexpected {parsed.training_script!r}: values follow an option's name")
+        return parsed
+
     try:
-        *_, in_file, unknown = parser.parse_args_and_config(
-            options, return_remaining_strings=True, separate_remaining_strings=True
-        )
-        if in_file:
-            raise ValueError(f"unknown settings in the file: {' '.join(in_file)}")
-        own = without(options, unknown)
-        args, *_ = recipe.parse(recipe.TrainArguments, own, recipe.__doc__)
-        for name in args.reward_funcs:
-            recipe.load_reward(name)
-    except ValueError as error:
+        args, training_args, model_args = recipe.parse(recipe.TrainArguments, options, recipe.__doc__, check_rest)
+        launch = parse_launch(without(options, rest))
+        if os.path.exists(args.dataset_name):
+            datasets.disable_progress_bars()  # it takes no time
+        datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what is wrong is said below
+        recipe.prepare(args, training_args, model_args, num_processes(launch))
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    launch = resolve(unknown, "--accelerate_config", "accelerate")
-    launch = ["--config_file" if option == "--accelerate_config" else option for option in launch]
-    launch_command(launch_command_parser().parse_args(["--quiet", *launch, "--module", recipe.__name__, *own]))
+    launch_command(launch)
+
+
+def num_processes(launch: argparse.Namespace) -> int:
+    """The number of processes that `accelerate launch` starts, as far as its options say."""
+    from .recipes.parser import read_settings
+
+    settings = {} if launch.config_file is None else read_settings(launch.config_file, option="--accelerate_config")
+    return launch.num_processes or settings.get("num_processes") or 1
+
+
+def split_at_dashes(options: list[str]) -> tuple[list[str], list[str]]:
+    """The options before `--`, and those behind it."""
+    place = options.index("--") if "--" in options else len(options)
+    return options[:place], options[place + 1 :]
 
 
 def compare(options: list[str]) -> None:
     """Runs `proma_trl.recipes.figure2`, which takes the name of one of its files of settings, too."""
     from .recipes import figure2
+    from .recipes.parser import UsageError
 
-    figure2.main(resolve(options, "--config", "configs"))
+    options = resolve(options, "--config", "configs")
+    try:
+        if not {"-h", "--help"} & {*options}:
+            figure2.check_options(options)
+        figure2.main(options)
+    except UsageError as error:
+        usage = "usage: proma-trl compare [options]; proma-trl compare --help lists them"
+        named = ", ".join(name for name in names("configs") if name.startswith("figure2"))
+        named = f" Files by name: {named}." if "there is no file" in str(error) else ""
+        print(f"{usage}\nproma-trl compare: error: {error}{named}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def check(options: list[str]) -> int:

@@ -1,10 +1,11 @@
 """
 The paper's Figure 2 from one command: PROMA against GRPO and REINFORCE on the same problems, seeds and settings.
 
-    python recipes/figure2.py --config recipes/configs/figure2_cpu.yaml --output_dir runs/figure2
+    proma-trl compare --config figure2_cpu --output_dir runs/figure2
 
-Runs recipes/gsm8k.py for each algorithm and seed; options that are none of those below are handed to it. A run that is
-complete is not run again, so an interrupted comparison goes on where it stopped: give the same command again.
+Trains with each algorithm and seed; options that are none of those below are those of `python -m
+proma_trl.recipes.gsm8k`, which does it. A run that is complete is not run again, so an interrupted comparison goes on
+where it stopped: give the same command again.
 
 Leaves in the output folder: each run's folder with its metrics.jsonl, summary.json (means over the second half of the
 steps and over seeds, standard deviations over seeds), and the figure as figure2.png and figure2.svg. With
@@ -17,7 +18,6 @@ import os
 import re
 import shlex
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -25,8 +25,8 @@ from pathlib import Path
 from statistics import fmean
 
 from tqdm import tqdm
-from trl import TrlParser
 
+from proma_trl.recipes.parser import RecipeParser, UsageError
 from proma_trl.recipes.processes import last_step, run_logged
 from proma_trl.recipes.word_problems import LEVELS, write_problems, write_task
 from proma_trl.tools.curves import METRICS, read_curves, summarize
@@ -125,7 +125,7 @@ class Run:
         kept, own = json.loads(path.read_text()), self.settings()
         changed = [f"{name} {kept.get(name)}" for name in sorted(kept | own) if kept.get(name) != own.get(name)]
         if changed:
-            raise ValueError(
+            raise UsageError(
                 f"{self.folder} holds a run with other settings ({', '.join(changed)}). Choose another output_dir, or "
                 "remove that folder."
             )
@@ -273,22 +273,52 @@ def make_task(folder: Path, level: str, options: Sequence[str]) -> list[str]:
     return [*policy, "--dataset_name", str(folder / "problems")]
 
 
-def main(arguments: list[str]) -> None:
-    """Parses the options and runs the comparison or the sweep."""
-    parser = TrlParser(
-        [Figure2Arguments], description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse_options(arguments: Sequence[str]) -> tuple[Figure2Arguments, list[str], int]:
+    """
+    Returns what to compare, the options of all runs, and their number of optimizer steps.
+
+    Raises:
+        UsageError: For settings that are refused.
+    """
+    parser = RecipeParser([Figure2Arguments], description=__doc__, allow_abbrev=False)
     args, options = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     max_steps = Run("", Path(), options).settings().get("--max_steps", "")
     if not max_steps.isdigit() or int(max_steps) < 1:
-        raise ValueError("max_steps is not set. Set it, so that all runs take as many optimizer steps.")
+        raise UsageError("max_steps is not set. Set it, so that all runs take as many optimizer steps.")
+    return args, options, int(max_steps)
+
+
+def check_options(arguments: Sequence[str]) -> None:
+    """
+    Check what the runs are handed, before the first of them.
+
+    Raises:
+        UsageError: For settings that are refused.
+    """
+    from proma_trl.recipes.gsm8k import GSM8KArguments
+    from proma_trl.recipes.training import check_model, choose_algorithm, make_parser
+
+    args, options, _ = parse_options(arguments)
+    for algorithm in args.algorithms:
+        own = make_run(algorithm, Path(args.output_dir), options).options
+        parser = make_parser(GSM8KArguments, choose_algorithm(own))
+        _, training_args, model_args, *_ = parser.parse_args_and_config(own)
+    if model_args.model_name_or_path is not None:
+        check_model(model_args, training_args.trust_remote_code)
+    elif args.word_problems is None:
+        raise UsageError("model_name_or_path is not set. Set it, or word_problems, which comes with a small policy.")
+
+
+def main(arguments: list[str]) -> None:
+    """Parses the options and runs the comparison or the sweep."""
+    args, options, max_steps = parse_options(arguments)
     if args.word_problems is not None:
         options = [*make_task(Path(args.output_dir) / "task", args.word_problems, options), *options]
     launcher = []
     if args.accelerate_config is not None:
         launcher = ["-m", "accelerate.commands.launch", "--config_file", args.accelerate_config]
     run = compare if args.learning_rates is None else sweep
-    run(args, options, int(max_steps), launcher)
+    run(args, options, max_steps, launcher)
 
 
 if __name__ == "__main__":

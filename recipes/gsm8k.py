@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 
 from transformers import AutoTokenizer
 
-from proma_trl.recipes.training import RunArguments, make_trainer, parse, run
+from proma_trl.recipes.training import RunArguments, check_checkpoint, check_model, make_trainer, parse, run
 from proma_trl.tools.callbacks import GreedyEvaluation
 from proma_trl.tools.data import drop_long_prompts, load_gsm8k, solved_examples
 from proma_trl.tools.rewards import accuracy_reward, format_reward
 from proma_trl.trainer.model_card import CardDataset
+from proma_trl.trainer.setup_checks import check_prompts
 
 
 @dataclass
@@ -73,6 +74,8 @@ def main(arguments: list[str]) -> None:
     args, training_args, model_args = parse(GSM8KArguments, arguments, __doc__)
     if training_args.reward_weights is not None:
         raise ValueError("reward_weights is not used here. Set format_reward_weight instead.")
+    check_checkpoint(training_args)
+    check_model(model_args, training_args.trust_remote_code)
 
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,
@@ -93,6 +96,7 @@ def main(arguments: list[str]) -> None:
         train_dataset = drop_long_prompts(
             train_dataset, tokenizer, args.max_prompt_length, training_args.chat_template_kwargs
         )
+    check_prompts(training_args, len(train_dataset), training_args.world_size)
     held_out = None
     if args.eval_every > 0 or training_args.eval_strategy != "no":
         held_out = load(args.dataset_test_split)

@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import trl.rewards
+from datasets import Dataset
 from transformers import AutoProcessor, AutoTokenizer
+from trl import GRPOConfig, ModelConfig
 
-from proma_trl.recipes.training import RunArguments, make_trainer, parse, run
+from proma_trl.recipes.training import RunArguments, check_checkpoint, check_model, make_trainer, parse, run
 from proma_trl.tools.data import drop_long_prompts, has_images, load_columns
 from proma_trl.trainer.model_card import CardDataset
+from proma_trl.trainer.reward_checks import RewardError, check_rewards, check_weights, returning_rewards
+from proma_trl.trainer.setup_checks import check_prompts
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -59,13 +63,16 @@ class TrainArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        problems = []
         if self.dataset_name is None:
-            raise ValueError("dataset_name is not set. Set it to a dataset on the Hugging Face Hub or a local one.")
+            problems.append("dataset_name is not set. Set it to a dataset on the Hugging Face Hub or a local one.")
         if not self.reward_funcs:
-            raise ValueError(
+            problems.append(
                 f"reward_funcs is not set. Name one or more functions: {', '.join(NAMED_REWARDS)}, "
                 "`rewards.py:function` or `my_package.rewards.function`."
             )
+        if problems:
+            raise ValueError("\n".join(problems))
 
 
 def load_reward(name: str) -> RewardFunction:
@@ -80,7 +87,7 @@ def load_reward(name: str) -> RewardFunction:
     path, _, function = name.rpartition(":")
     try:
         found = getattr(_load_file(Path(path)), function) if path.endswith(".py") else _import(name)
-    except (AttributeError, ImportError, OSError, ValueError) as error:
+    except (AttributeError, ImportError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"reward_funcs: {name!r} can't be loaded ({error}). Name one of {', '.join(NAMED_REWARDS)}, a function in "
             "a file (`rewards.py:function`), or one that can be imported (`my_package.rewards.function`)."
@@ -104,16 +111,65 @@ def _import(name: str) -> Any:
     return pkgutil.resolve_name(name)
 
 
+def check_prompt_column(rows: Dataset, name: str) -> None:
+    """
+    Check that prompts are texts or lists of messages.
+
+    Raises:
+        ValueError: If not, with the first row that is neither.
+    """
+    kind = rows.features["prompt"]
+    if getattr(kind, "dtype", None) in ("string", "large_string"):
+        return
+    for number, prompt in enumerate(rows["prompt"]):
+        messages = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)
+        if not (isinstance(prompt, str) or messages):
+            raise ValueError(
+                f"{name}, row {number}: its prompt is neither a text nor a list of messages: {str(prompt)[:60]}"
+            )
+
+
+def prepare(
+    args: TrainArguments, training_args: GRPOConfig, model_args: ModelConfig, num_processes: int
+) -> tuple[list[RewardFunction], Dataset, Dataset | None]:
+    """
+    Loads the reward functions and the data, and checks that they fit, and that the model is there.
+
+    Args:
+        args (`TrainArguments`), training_args ([`~trl.GRPOConfig`]), model_args ([`~trl.ModelConfig`]): The settings.
+        num_processes (`int`): Number of ranks.
+
+    Returns:
+        The reward functions, the prompts to train on, and those to evaluate on.
+
+    Raises:
+        FileNotFoundError: For a model or a dataset that is not there.
+        ValueError: For reward functions or data that can't be loaded, do not fit each other, or are too few.
+    """
+    reward_funcs = [load_reward(name) for name in args.reward_funcs]
+    check_weights(training_args.reward_weights, args.reward_funcs)
+    check_checkpoint(training_args)
+
+    def load(split):
+        rows = load_columns(args.dataset_name, args.dataset_config, split, ("prompt",))
+        check_prompt_column(rows, args.dataset_name)
+        check_rewards(reward_funcs, rows.column_names, args.dataset_name, args.reward_funcs)
+        return rows
+
+    train_dataset = load(args.dataset_train_split)
+    held_out = load(args.dataset_test_split) if training_args.eval_strategy != "no" else None
+    check_prompts(training_args, len(train_dataset), num_processes)
+    check_model(model_args, training_args.trust_remote_code)
+    checked = [returning_rewards(func, name) for name, func in zip(args.reward_funcs, reward_funcs, strict=True)]
+    return checked, train_dataset, held_out
+
+
 def main(arguments: list[str]) -> None:
     """Parses the options, trains, and saves what the run leaves behind."""
     args, training_args, model_args = parse(TrainArguments, arguments, __doc__)
-    reward_funcs = [load_reward(name) for name in args.reward_funcs]
-
-    def load(split):
-        return load_columns(args.dataset_name, args.dataset_config, split, ("prompt",))
+    reward_funcs, train_dataset, held_out = prepare(args, training_args, model_args, training_args.world_size)
 
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    train_dataset = load(args.dataset_train_split)
     if args.max_prompt_length is not None:
         if has_images(train_dataset):
             raise ValueError(
@@ -124,12 +180,15 @@ def main(arguments: list[str]) -> None:
         train_dataset = drop_long_prompts(
             train_dataset, tokenizer, args.max_prompt_length, training_args.chat_template_kwargs
         )
-    held_out = load(args.dataset_test_split) if training_args.eval_strategy != "no" else None
+        check_prompts(training_args, len(train_dataset), training_args.world_size)
     processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, padding_side="left", **source)
 
     trainer = make_trainer(args, training_args, model_args, reward_funcs, train_dataset, held_out, processor)
     held_out_split = args.dataset_test_split if held_out is not None else None
-    run(trainer, args, CardDataset(args.dataset_name, args.dataset_config, held_out_split))
+    try:
+        run(trainer, args, CardDataset(args.dataset_name, args.dataset_config, held_out_split))
+    except RewardError as error:
+        sys.exit(f"proma-trl train: error: {error}")
 
 
 if __name__ == "__main__":

@@ -11,21 +11,28 @@ from pathlib import Path
 from typing import Any, get_args
 
 import trl
-import yaml
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from transformers import AutoConfig, PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from proma_trl import DPPOConfig, DPPOTrainer, PROMAConfig, PROMATrainer
+from proma_trl.check import missing_model
 from proma_trl.controls import MatchedLengthTrainer, RandomDirectionsTrainer
 from proma_trl.recipes.algorithms import Algorithm
+from proma_trl.recipes.parser import RecipeParser, UsageError, read_settings
 from proma_trl.tools.callbacks import ACCURACY, JSONLMetrics
 from proma_trl.tools.curves import read_curves
 from proma_trl.tools.figures import PANELS, draw_runs
 from proma_trl.tools.policy_metrics import PolicyMetrics
 from proma_trl.tools.update_overlap import UpdateOverlap
 from proma_trl.trainer.model_card import FIGURE, CardDataset, ModelCardMixin
+from proma_trl.trainer.precision import choose_precision
+from proma_trl.trainer.run_description import SayWhatRuns
+from proma_trl.trainer.setup_checks import RefuseNoSteps
 from proma_trl.trainer.trl_internals import rollouts_in_order
+
+# The demo's policy, which is on this machine once the demo has run
+MODEL_TO_TRY = "`proma-trl demo` leaves a small one to try your data on, in runs/demo/warm_start."
 
 # The dimension of Intra-PROMA's subspaces in the paper's best runs
 INTRA_DIM = 10
@@ -97,19 +104,30 @@ class GRPOTrainer(ModelCardMixin, trl.GRPOTrainer):
     _card_settings = ("epsilon", "epsilon_high", "beta")
 
 
+@dataclass
+class BaselineConfig(GRPOConfig):
+    """GRPO's settings, and float32 on a CPU as with [`PROMAConfig`]."""
+
+    def __post_init__(self):
+        choose_precision(self)
+        super().__post_init__()
+
+
 def choose_algorithm(arguments: list[str]) -> str:
     """Finds the algorithm on the command line or in the YAML file: it decides which other options there are."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, usage="%(prog)s [options]; %(prog)s --help lists them"
+    )
     early.add_argument("--algorithm")
     early.add_argument("--config")
     known, _ = early.parse_known_args(arguments)
     algorithm = known.algorithm
     if known.config is not None:
-        if not os.path.isfile(known.config):
-            early.error(f"--config: there is no file {known.config!r}")
-        with open(known.config) as file:
-            settings = yaml.safe_load(file)
-        if algorithm is None and isinstance(settings, dict):
+        try:
+            settings = read_settings(known.config)
+        except ValueError as error:
+            early.error(str(error))
+        if algorithm is None:
             algorithm = settings.get("algorithm")
     algorithm = algorithm or RunArguments.algorithm
     if algorithm not in get_args(Algorithm):
@@ -117,7 +135,7 @@ def choose_algorithm(arguments: list[str]) -> str:
     return algorithm
 
 
-def make_parser(recipe: type[RunArguments], algorithm: str, description: str | None = None) -> TrlParser:
+def make_parser(recipe: type[RunArguments], algorithm: str, description: str | None = None) -> RecipeParser:
     """Returns the parser of all options: the recipe's, the trainer's and the model's."""
     if algorithm == "grpo":
         # One YAML file serves all algorithms, so PROMA's own fields are taken here too, and left unused.
@@ -130,39 +148,110 @@ def make_parser(recipe: type[RunArguments], algorithm: str, description: str | N
                 if own.name not in inherited
             ],
         )
-        groups = [recipe, GRPOConfig, ModelConfig, projection_arguments]
+        groups = [recipe, BaselineConfig, ModelConfig, projection_arguments]
     else:
         groups = [recipe, DPPOConfig if algorithm == "dppo" else PROMAConfig, ModelConfig]
-    parser = TrlParser(groups, description=description, formatter_class=HelpFormatter)
-    # TrlParser reads the file itself, before argparse sees the option. This is for --help.
-    parser.add_argument(
-        "--config", help="A YAML file with any of these options; the command line wins.", default=argparse.SUPPRESS
-    )
+    parser = RecipeParser(groups, description=description)
+    # One batch for all, to compare them by
+    parser.set_defaults(gradient_accumulation_steps=PROMAConfig.gradient_accumulation_steps)
     return parser
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind every option, and the description's lines as they are."""
-
-
 def parse(
-    recipe: type[RunArguments], arguments: list[str], description: str | None
+    recipe: type[RunArguments],
+    arguments: list[str],
+    description: str | None,
+    check_rest: Callable[[RecipeParser, list[str]], list[str]] = RecipeParser.unknown_options,
 ) -> tuple[RunArguments, GRPOConfig, ModelConfig]:
     """
     Parses the options of a recipe, of the trainer and of the model, from the command line and from a YAML file.
 
+    Args:
+        recipe (`type`): The recipe's own options.
+        arguments (`list[str]`): The command line.
+        description (`str`, *optional*): What `--help` says of the recipe.
+        check_rest (`Callable`): Takes the parser and options that it does not know, and says what is wrong with them.
+
     Raises:
         SystemExit: For an unknown algorithm or file.
-        ValueError: For settings that are unknown, out of range, or not available together.
+        UsageError: For settings that are unknown, out of range, or not available together, with a line for each.
     """
     algorithm = choose_algorithm(arguments)
-    args, training_args, model_args, *_ = make_parser(recipe, algorithm, description).parse_args_and_config(arguments)
+    parser, problems = make_parser(recipe, algorithm, description), []
+    try:
+        parser.parse_args_and_config(arguments, check_rest=lambda rest: check_rest(parser, rest))
+    except ValueError as error:
+        problems.append(str(error))
+    args, training_args, model_args, *_ = parser.parsed or (None, None, None)
+    if model_args is not None and model_args.model_name_or_path is None:
+        problems.append(
+            "model_name_or_path is not set. Set it to a model on the Hugging Face Hub or a local folder. "
+            f"{MODEL_TO_TRY}"
+        )
+    if training_args is not None:
+        problems += out_of_range(training_args)
+    if problems:
+        raise UsageError("\n".join(problems))
     if algorithm != "grpo":
         set_methods(algorithm, training_args)
         training_args.order_by_length &= not args.whole_groups
-    if model_args.model_name_or_path is None:
-        raise ValueError("model_name_or_path is not set. Set it to a model on the Hugging Face Hub or a local folder.")
     return args, training_args, model_args
+
+
+def out_of_range(training_args: GRPOConfig) -> list[str]:
+    """A sentence for each setting with which transformers would train nothing, or away from the reward."""
+    problems = [
+        f"{name}={getattr(training_args, name)} is negative. Set it to 0 or more."
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
+        if (getattr(training_args, name) or 0) < 0
+    ]
+    problems += [
+        f"{name}={getattr(training_args, name)} is not positive."
+        for name in ("num_train_epochs", "temperature", "max_completion_length")
+        if getattr(training_args, name) <= 0
+    ]
+    if training_args.max_steps < 1 and training_args.max_steps != -1:
+        problems.append(
+            f"max_steps={training_args.max_steps} is not positive. Leave it out to train for whole epochs."
+        )
+    return problems
+
+
+def check_model(model_args: ModelConfig, trust_remote_code: bool) -> None:
+    """
+    Check that there is a model, by its configuration alone.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    name = model_args.model_name_or_path
+    try:
+        AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{missing_model(name, error)} {MODEL_TO_TRY}") from error
+
+
+def check_checkpoint(training_args: GRPOConfig) -> None:
+    """
+    Check that there is a checkpoint to resume from, where the settings say so.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    resume = checkpoint_of(training_args)
+    if resume is True and not any(Path(training_args.output_dir).glob("checkpoint-*")):
+        raise UsageError(
+            f"resume_from_checkpoint: there is no checkpoint in {training_args.output_dir}. Leave it out to begin "
+            "anew."
+        )
+    if isinstance(resume, str) and not os.path.isdir(resume):
+        raise UsageError(f"resume_from_checkpoint: there is no folder {resume!r}. Set it to a checkpoint, or to true.")
+
+
+def checkpoint_of(training_args: GRPOConfig) -> str | bool | None:
+    """What to resume from: a folder, `True` for the last checkpoint, or `None`."""
+    given = training_args.resume_from_checkpoint
+    return {"true": True, "false": None}.get(str(given).lower(), given)
 
 
 def set_methods(algorithm: str, training_args: PROMAConfig) -> None:
@@ -203,7 +292,7 @@ def make_trainer(
         "proma_random": RandomDirectionsTrainer,
         "reinforce_matched": MatchedLengthTrainer,
     }.get(args.algorithm, PROMATrainer)
-    return trainer_class(
+    trainer = trainer_class(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
         args=training_args,
@@ -214,6 +303,10 @@ def make_trainer(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if trainer_class is GRPOTrainer:  # the others have them
+        trainer.add_callback(RefuseNoSteps())
+        trainer.add_callback(SayWhatRuns(trainer))
+    return trainer
 
 
 def run(trainer: trl.GRPOTrainer, args: RunArguments, card_dataset: CardDataset | None = None) -> None:
@@ -227,11 +320,8 @@ def run(trainer: trl.GRPOTrainer, args: RunArguments, card_dataset: CardDataset 
     if card_dataset is not None and not os.path.exists(card_dataset.name):
         trainer.card_dataset = card_dataset
 
-    resume = {"true": True, "false": None}.get(
-        str(training_args.resume_from_checkpoint).lower(), training_args.resume_from_checkpoint
-    )
     with rollouts_in_order() if args.whole_groups else nullcontext():
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=checkpoint_of(training_args))
     accuracies = [record[ACCURACY] for record in trainer.state.log_history if ACCURACY in record]
     if accuracies:
         trainer.accelerator.print(f"Greedy accuracy: {accuracies[0]:.1%} before training, {accuracies[-1]:.1%} after.")

@@ -1,12 +1,14 @@
 """GSM8K, and data of its form, as prompts with checkable answers."""
 
+import json
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, get_dataset_config_names, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pyarrow import ArrowInvalid
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
@@ -127,7 +129,12 @@ def load_columns(dataset_name: str, dataset_config: str | None, split: str, colu
             f"Hub ({error}). Set dataset_name to a Hub id, a folder with train.jsonl and test.jsonl, or a JSON Lines "
             "file."
         ) from error
-    except ValueError as error:
+    except (ValueError, DatasetGenerationError, ArrowInvalid) as error:
+        broken = _broken_line(dataset_name)
+        if broken is not None:
+            raise ValueError(broken) from error
+        if not isinstance(error, ValueError) or isinstance(error, ArrowInvalid):
+            raise ValueError(f"dataset_name={dataset_name!r} can't be read: {error.__cause__ or error}") from error
         raise ValueError(
             f"dataset_name={dataset_name!r} with dataset_config={dataset_config!r} has no split {split!r}: {error} "
             "Set dataset_train_split and dataset_test_split to splits that it has. A single file has only the split "
@@ -144,11 +151,31 @@ def load_columns(dataset_name: str, dataset_config: str | None, split: str, colu
     return rows
 
 
+def _broken_line(dataset_name: str) -> str | None:
+    """What is wrong with the first line of local JSON Lines that is no object."""
+    path = Path(dataset_name).expanduser()
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.suffix == ".jsonl" else []:
+        number = 0
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except ValueError as error:
+                reason = getattr(error, "msg", "not text in UTF-8")
+                return f"{file}, line {number}: not valid JSON ({reason}): {line[:60].decode(errors='replace')}"
+            if not isinstance(row, dict):
+                return f'{file}, line {number}: not an object, such as {{"prompt": "..."}}: {str(row)[:60]}'
+        if number == 0:
+            return f'{file} is empty. Each of its lines is an object, such as {{"prompt": "..."}}.'
+    return None
+
+
 def _load_split(dataset_name: str, dataset_config: str | None, split: str) -> Dataset:
     path = Path(dataset_name).expanduser()
     if path.is_file():
         if path.suffix not in _READERS:
             raise FileNotFoundError(f"a {path.suffix or 'nameless'} file, where {', '.join(_READERS)} are read")
+        if path.stat().st_size == 0:
+            raise ValueError("it is empty.")
         return load_dataset(_READERS[path.suffix], data_files={"train": str(path)}, split=split)
     if not path.is_dir():
         return load_dataset(dataset_name, dataset_config, split=split)

@@ -2,9 +2,9 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import GenerationConfig
 from trl import GRPOConfig
@@ -323,66 +323,81 @@ class PROMAConfig(GRPOConfig):
     def __post_init__(self) -> None:
         if isinstance(self.projection_bound, float) and self.projection_bound == math.inf:
             self.projection_bound = None
-        self._check_grpo_fields()
-        self._check_projection()
-        for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
-            setattr(self, name, check_whole(name, getattr(self, name)))
-        self._check_trust_region()
+        problems = [*self._grpo_problems(), *self._projection_problems()]
+        try:
+            self._check_trust_region()
+        except ValueError as error:
+            problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
         if getattr(self, CHECKPOINTING) is None:
             setattr(self, CHECKPOINTING, self.gradient_checkpointing)
         choose_precision(self)
         super().__post_init__()
 
-    def _check_projection(self) -> None:
+    def _projection_problems(self) -> list[str]:
+        """A sentence for each setting of the methods, and of the batch, that is not of the right kind or range."""
+        problems = []
+
+        def checked(name: str, check: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+            try:
+                setattr(self, name, check(name, getattr(self, name), *args, **kwargs))
+            except ValueError as error:
+                problems.append(str(error))
+
         for name in ("projection", "projection_scope", "projection_accumulator_dtype", "isopo", "adapter_dtype"):
-            check_choice(name, getattr(self, name), self.__dataclass_fields__[name].metadata["choices"])
-        self.projection_sweeps = check_whole(
-            "projection_sweeps", self.projection_sweeps, 'To remove nothing, set `projection="none"`.'
-        )
+            checked(name, check_choice, self.__dataclass_fields__[name].metadata["choices"])
+        checked("projection_sweeps", check_whole, 'To remove nothing, set `projection="none"`.')
         if self.projection_bound is not None:
-            self.projection_bound = check_real(
+            checked(
                 "projection_bound",
-                self.projection_bound,
+                check_real,
                 "a finite number of at least 0",
                 way_out="For an unbounded projection, set `projection_bound=None` (on a command line, `inf`).",
             )
-        self.projection_strength = check_real(
-            "projection_strength", self.projection_strength, "a number between 0 and 1", high=1.0
-        )
+        checked("projection_strength", check_real, "a number between 0 and 1", high=1.0)
         if self.projection_memory_budget is not None:
-            self.projection_memory_budget = check_real(
+            checked(
                 "projection_memory_budget",
-                self.projection_memory_budget,
+                check_real,
                 "a positive, finite number of GiB",
                 low=sys.float_info.min,
                 way_out="For the device's own default, leave it out, or set `projection_memory_budget=None`.",
             )
-        self.isopo_regularization = check_real(
+        checked(
             "isopo_regularization",
-            self.isopo_regularization,
+            check_real,
             "a positive, finite number",
             low=sys.float_info.min,
             way_out='To transform nothing, set `isopo="none"`.',
         )
-        check_intra(
-            self.intra_dim,
-            self.intra_power_iterations,
-            self.intra_strength,
-            self.intra_target,
-            self.intra_head,
-            prefix="intra_",
-        )
+        for name in ("intra_dim", "intra_power_iterations"):
+            checked(name, check_whole, low=0)
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
+            checked(name, check_whole)
+        try:
+            check_intra(
+                self.intra_dim,
+                self.intra_power_iterations,
+                self.intra_strength,
+                self.intra_target,
+                self.intra_head,
+                prefix="intra_",
+            )
+        except ValueError as error:
+            known = any(problem.startswith("`intra_") for problem in problems)
+            return problems if known else [*problems, str(error)]
         intra = self.intra_settings()
-        self.intra_dim, self.intra_power_iterations = int(intra.dim), int(intra.power_iterations)
         self.intra_strength = float(intra.strength)
-        if intra.removes and self.projection_scope == "global":
+        if not problems and intra.removes and self.projection_scope == "global":
             if self._needs_sequences() or intra.target == "accumulated":
                 other = '`intra_target="accumulated"`' if intra.target == "accumulated" else "another method"
-                raise ValueError(
+                problems.append(
                     f"`intra_dim={self.intra_dim}` together with {other} is not available with `projection_scope="
                     '"global"`: Intra-PROMA projects each rank\'s gradient by itself. Set `projection_scope="local"`, '
                     "or `intra_dim=0`."
                 )
+        return problems
 
     def _check_trust_region(self) -> None:
         defaults = {f.name: f.default for f in fields(self)}
@@ -672,9 +687,10 @@ class PROMAConfig(GRPOConfig):
         intra = self.intra_settings()
         return intra.removes and (intra.target == "microbatch" or self.gradient_accumulation_steps > 1)
 
-    def _check_grpo_fields(self) -> None:
+    def _grpo_problems(self) -> Iterator[str]:
+        """A sentence for each of GRPO's settings that can't be honoured."""
         if self.loss_type not in LOSS_TYPES:
-            raise ValueError(
+            yield (
                 f"`loss_type={self.loss_type!r}` is not available with {self._method}, whose loss is "
                 "REINFORCE. Choose how it "
                 f"is normalized: {', '.join(map(repr, LOSS_TYPES))}."
@@ -685,19 +701,19 @@ class PROMAConfig(GRPOConfig):
             if value == default:
                 continue
             if name in REFUSED:
-                raise ValueError(
+                yield (
                     f"`{name}={value!r}` is not available with {self._method}: {REFUSED[name]}. Leave it at its "
                     f"default, {default!r}, or use `GRPOTrainer`."
                 )
             # What it does to the loss or to gradients can't be told
             if name not in KNOWN and name not in PROMAConfig.__annotations__:
-                raise ValueError(
+                yield (
                     f"`{name}={value!r}` is a setting of the installed TRL or transformers that this version of "
                     f"proma-trl does not know, so it can't say whether it works with {self._method}. Leave it at its "
                     f"default, {default!r}, and report it to proma-trl, or use `GRPOTrainer`."
                 )
         if self.router_aux_loss_coef:
-            raise ValueError(
+            yield (
                 f"`router_aux_loss_coef={self.router_aux_loss_coef}` is not available with {self._method}: the "
                 "load-balancing loss of a Mixture-of-Experts model is not a multiple of the sequences' "
                 "log-probability gradients, so it can't be projected. Set `router_aux_loss_coef=0.0`, or use "
@@ -705,7 +721,7 @@ class PROMAConfig(GRPOConfig):
             )
         optimizer = str(getattr(self.optim, "value", self.optim))
         if optimizer in _FUSED_OPTIMIZERS or optimizer.endswith("_layerwise"):
-            raise ValueError(
+            yield (
                 f"`optim={optimizer!r}` is not available with {self._method}: it consumes gradients within the "
                 "backward pass, where PROMA accumulates them. Choose another optimizer, such as `optim='adamw_torch'`."
             )

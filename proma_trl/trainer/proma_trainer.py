@@ -30,6 +30,7 @@ from .config import PROMAConfig
 from .fused_head import sequence_head
 from .model_card import EVIDENCE, ModelCardMixin
 from .padding import PaddingTrimmer
+from .reward_checks import check_trainer_rewards
 from .run_description import SayWhatRuns
 from .sampler_log_probs import check_log_probs, sampler_log_probs
 from .sampling import check_server, check_server_log_probs
@@ -147,7 +148,11 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = self._config_class(f"{name.split('/')[-1]}-{self._name}")
         if not isinstance(args, self._config_class):
-            raise TypeError(f"`args` must be a `{self._config_class.__name__}`, got `{type(args).__name__}`.")
+            own, given = self._config_class.__name__, type(args).__name__
+            raise TypeError(
+                f"`args` must be a `{own}`, got `{given}`. Write `{own}(...)` instead of `{given}(...)`: it takes the "
+                "same settings, and names those that it has no use for."
+            )
         region = args.trust_region()
         if region is not None:
             # Its ratio is the one to the sampler
@@ -163,6 +168,8 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             problem = too_few_prompts(args, len(train_dataset), args.world_size)
             if problem is not None:  # before the model loads; `train` refuses it
                 warnings.warn(problem, stacklevel=2)
+        if rollout_func is None and environment_factory is None:  # which may add columns, and rewards
+            check_trainer_rewards(reward_funcs, args, train_dataset, eval_dataset)
         acting = args.acting_methods()
         self._name = args.method_name()
         tags = dict.fromkeys(tag for method in acting for tag in method.tags)

@@ -226,7 +226,7 @@ def test_errors_of_the_command_line(capsys, arguments, message):
         ({"max_prompt_length": 3}, ValueError, "max_prompt_length=3 leaves no problem.* Raise max_prompt_length"),
         ({"eval_every": -1}, ValueError, "eval_every=-1 is negative. Set it to 0"),
         ({"eval_samples": 0}, ValueError, "eval_samples=0 is not positive. Leave it out"),
-        ({"epochs": 1}, ValueError, "Unknown arguments from config file.*--epochs"),
+        ({"epochs": 1}, ValueError, "config.yaml: unknown setting `epochs`"),
     ],
 )
 def test_errors_of_the_settings(tmp_path, settings, changes, error, message):

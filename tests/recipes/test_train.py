@@ -114,7 +114,21 @@ def test_a_dataset_without_prompts(folder, settings):
         train.main(["--config", write_config(folder, settings)])
 
 
+def test_a_reward_that_is_no_list(folder, settings):
+    """No traceback: the error is in the user's function, and one sentence says where."""
+    (folder / "rewards.py").write_text("def half(completions, **kwargs):\n    return 0.5\n")
+    settings |= {"reward_funcs": f"{folder}/rewards.py:half"}
+    with pytest.raises(SystemExit, match=r"rewards.py:half returned 0.5, and not a list with one number"):
+        train.main(["--config", write_config(folder, settings)])
+
+
+def test_the_baseline_says_what_it_does(folder, settings, capsys):
+    settings |= {"algorithm": "grpo", "max_steps": 1}
+    train.main(["--config", write_config(folder, settings)])
+    assert "GRPO (clipping 0.2): 16 sequences a step = 2 microbatches x 8 = 2 prompts x 8" in capsys.readouterr().out
+
+
 def test_images_are_not_counted(folder, settings):
-    (folder / "prompts.jsonl").write_text('{"prompt": "one", "image": "one.png"}\n')
+    (folder / "prompts.jsonl").write_text('{"prompt": "one", "colour": "red", "image": "one.png"}\n' * 2)
     with pytest.raises(ValueError, match="max_prompt_length is not available for prompts with images"):
         train.main(["--config", write_config(folder, settings | {"max_prompt_length": 20})])

@@ -63,6 +63,17 @@ def test_values_of_the_wrong_kind_or_out_of_range_are_refused_by_name(name, valu
         make_args(tmp_path, **{name: value})
 
 
+def test_all_that_is_refused_is_named_at_once(tmp_path):
+    wrong = {"beta": 0.04, "epsilon": 0.1, "loss_type": "sapo", "projection_bound": -2, "projection": "qr"}
+    wrong |= {"intra_dim": -1, "gradient_accumulation_steps": 0, "ratio_cap": 5.0}
+    with pytest.raises(ValueError) as raised:
+        make_args(tmp_path, **wrong)
+    lines = str(raised.value).splitlines()
+    assert len(lines) >= len(wrong)
+    assert all(any(f"`{name}" in line for line in lines) for name in wrong)
+    assert len(set(lines)) == len(lines)
+
+
 def test_whole_numbers_stand_for_real_ones(tmp_path):
     args = make_args(tmp_path, projection_bound=1, projection_strength=1, projection_memory_budget=2)
     for name in ("projection_bound", "projection_strength", "projection_memory_budget"):
