@@ -3,6 +3,8 @@ Trains a policy with PROMA or one of its baselines, on any prompts, with any rew
 
     proma-trl train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name prompts.jsonl --reward_funcs rewards.py:brevity
 
+Without a model at hand: `--model_name_or_path runs/demo/warm_start`, once `proma-trl demo` has run.
+
 A dataset has a column `prompt`, texts or lists of messages. Its other columns go to the reward functions as keyword
 arguments, as in TRL. The run leaves in `output_dir`: the policy and its tokenizer, a model card, checkpoints, and
 `metrics.jsonl`. `--push_to_hub` pushes them.
