@@ -29,7 +29,7 @@ from proma_trl.recipes.training import RunArguments, check_checkpoint, check_mod
 from proma_trl.tools.data import drop_long_prompts, has_images, load_columns
 from proma_trl.trainer.model_card import CardDataset
 from proma_trl.trainer.reward_checks import RewardError, check_rewards, check_weights, returning_rewards
-from proma_trl.trainer.setup_checks import check_prompts
+from proma_trl.trainer.setup_checks import check_prompts, too_few_prompts
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -160,7 +160,9 @@ def prepare(
 
     train_dataset = load(args.dataset_train_split)
     held_out = load(args.dataset_test_split) if training_args.eval_strategy != "no" else None
-    check_prompts(training_args, len(train_dataset), num_processes)
+    too_few = too_few_prompts(training_args, len(train_dataset), num_processes)
+    if too_few is not None:
+        raise ValueError(f"{args.dataset_name}: {too_few}")
     check_model(model_args, training_args.trust_remote_code)
     checked = [returning_rewards(func, name) for name, func in zip(args.reward_funcs, reward_funcs, strict=True)]
     return checked, train_dataset, held_out

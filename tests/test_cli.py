@@ -164,7 +164,10 @@ def refusal(command, options, capsys):
         ("--dataset_name colourless.jsonl", ["rewards.py:even needs a column `colour`; colourless.jsonl has prompt"]),
         ("--reward_funcs accuracy_reward", ["accuracy_reward needs a column `solution`; prompts.jsonl has prompt, c"]),
         ("--reward_weights 1 2", ["`reward_weights` has 2 values for 1 reward function (rewards.py:even)"]),
-        ("--dataset_train_split train[:5]", ["5 prompts are too few", "16 prompts at a time", "steps`"]),
+        (
+            "--dataset_train_split train[:5]",
+            ["prompts.jsonl: 5 prompts are too few", "16 prompts at a time", "gradient_accumulation_steps=5`"],
+        ),
         ("--num_processes 2", ["16 prompts are too few", "32 prompts at a time"]),
         ("--algorithm grpo --dataset_train_split train[:5]", ["5 prompts are too few", "16 prompts at a time"]),
         ("--resume_from_checkpoint true", ["there is no checkpoint in trainer_output"]),
