@@ -213,6 +213,18 @@ def test_train_without_options(launched, capsys):
     assert all(f"{name} is not set" in said for name in ("dataset_name", "reward_funcs", "model_name_or_path"))
 
 
+@pytest.mark.parametrize("command", ["train", "compare", "check", "demo"])
+def test_help_names_the_command_that_was_given(monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "argv", ["proma-trl"])
+    try:
+        assert cli.main([command, "--help"]) == 0
+    except SystemExit as done:
+        assert done.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: proma-trl {command} ") and f"    proma-trl {command}" in text
+    assert "python -m" not in text.partition("options:")[0].replace("python -m\nproma_trl.recipes.gsm8k", "")
+
+
 def test_faults_of_a_program_are_shown_whole(launched, folder):
     """An error of the user's code is no wrong option."""
     (folder / "rewards.py").write_text("def even(completions, **kwargs):\n    return []\n1 / 0\n")
