@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Generic, TypeVar
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +32,29 @@ def backward_runs() -> bool:
 def call_after_backward(callback: Callable[[], None]) -> None:
     """Call `callback` when the running backward pass has computed all gradients."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def function_of(node: Any) -> type[torch.autograd.Function] | None:
+    """The `torch.autograd.Function` that a node of a graph belongs to, if it was written in Python."""
+    return getattr(type(node), "_forward_cls", None)
+
+
+def without_torch_function() -> AbstractContextManager:
+    """Within the context, subclasses of tensors are treated as tensors."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def run_first(tensor: torch.Tensor, handle: RemovableHandle) -> None:
+    """Let the hook of `handle` be the first of those on a tensor's gradient."""
+    hooks = tensor._backward_hooks
+    # Torch goes by the order of insertion, which `move_to_end` leaves as it is
+    others = {key: hooks.pop(key) for key in [*hooks] if key != handle.id}
+    hooks.update(others)
+
+
+def contents(tensor: torch.Tensor | None) -> tuple[int, int] | None:
+    """Something that changes where a tensor is replaced or written to."""
+    return None if tensor is None else (id(tensor), tensor._version)
 
 
 T = TypeVar("T")

@@ -8,6 +8,7 @@ anyway. The package's README follows one parameter tensor through a backward pas
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from ..backends import Backend, backend_for, is_distributed
+from ..backends import Backend, all_zero, backend_for, is_distributed
 from ..devices import default_memory_budget
 from ..intra import IntraPROMA
 from ..intra.intra_proma import check_intra
@@ -28,12 +30,13 @@ from ..sequence_grads import head_weights, plan_layers, plan_linear_layers
 from ..sequence_grads.layer import Layer
 from ..sequence_grads.rerun import RerunRefused
 from ..sequence_grads.tensor import Scratch
-from ..torch_internals import backward_id, backward_runs
+from ..torch_internals import backward_id, backward_runs, contents
 from ..validation import check_choice, check_real, check_trained, check_whole
 from .accumulators import SCOPES, Accumulator, accumulator_for
+from .captured_loss import CapturedLoss, StartBackward
 from .emission import Engine, needs_sequences
 from .hooks import ModelHooks
-from .microbatch import NOT_CAPTURED, Microbatch, Phase, StartBackward
+from .microbatch import NOT_CAPTURED, Microbatch, Phase
 from .sequence_check import WrongSequences, check_sequences
 
 _RULE, _STEP = "rule", "step"
@@ -56,8 +59,10 @@ class ProjectedAccumulation:
         accelerator (`Accelerator`, *optional*):
             What prepares the model. Its `sync_gradients` says where an accumulation ends. Needed with DeepSpeed and
             with a global scope; without it, gradients must accumulate in `param.grad`, as they do on one device, under
-            DDP's `no_sync` and under FSDP2's `set_requires_gradient_sync(False)`, and be set to `None` after each
-            optimizer step (`optimizer.zero_grad()`), by which it is known that the step is over.
+            DDP's `no_sync` and under FSDP2's `set_requires_gradient_sync(False)`.
+        optimizer (`torch.optim.Optimizer`, *optional*):
+            Without an `accelerator`, whose steps end an accumulation. If neither is given, one is over when gradients
+            have been cleared (`optimizer.zero_grad()`), or [`~ProjectedAccumulation.end_step`] was called.
         scope (`str`, defaults to `"local"`):
             `"local"`: each rank's rule sees its own accumulation and sequences. `"global"`: all ranks together do what
             one rank would do whose microbatch were the union of theirs.
@@ -82,7 +87,7 @@ class ProjectedAccumulation:
         ValueError: If an argument is out of range; if `microbatch_size > 1`, the rule is not plain, and a layer that
             holds trainable parameters has no rule for its sequence gradients; or with Intra-PROMA and a global scope,
             unless the rule is plain.
-        TypeError: If `rule` is no [`UpdateRule`].
+        TypeError: If `rule` is no [`UpdateRule`], or `optimizer` no optimizer.
 
     Example:
 
@@ -105,6 +110,7 @@ class ProjectedAccumulation:
         microbatch_size: int,
         memory_budget: float | None = None,
         accelerator: Accelerator | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         scope: str = "local",
         accumulator_dtype: torch.dtype = torch.float32,
         intra_dim: int = 0,
@@ -127,7 +133,14 @@ class ProjectedAccumulation:
         self.rule = PROMA() if rule is None else rule
         self.microbatch_size = microbatch_size
         self.memory_budget = memory_budget
+        if accelerator is not None and optimizer is not None:
+            raise ValueError(
+                "`optimizer` has no effect with an `accelerator`, which says where an accumulation ends. Pass one."
+            )
+        if not isinstance(optimizer, torch.optim.Optimizer | None):
+            raise TypeError(f"`optimizer` must be a `torch.optim.Optimizer`, got {type(optimizer).__name__}.")
         self.accelerator = accelerator
+        self.optimizer = optimizer
         self.scope = scope
         self.accumulator_dtype = accumulator_dtype
         check_intra(intra_dim, intra_power_iterations, intra_strength, intra_target, intra_head, prefix="intra_")
@@ -150,7 +163,11 @@ class ProjectedAccumulation:
         self._step = self._index = 0
         # Modules whose parents run again in their place
         self._with_parents: set[nn.Module] = set()
-        self._hooks: ModelHooks | None = self._new_hooks()
+        # What parameters and their gradients were after the last microbatch, in a loop without an accelerator
+        self._left: dict[nn.Parameter, tuple] = {}
+        self._hooks = self._new_hooks()
+        self._step_handle: RemovableHandle | None = None
+        self._follow_optimizer()
 
     @contextmanager
     def capture(self) -> Iterator[Microbatch]:
@@ -164,7 +181,11 @@ class ProjectedAccumulation:
             yield microbatch
 
     def loss(
-        self, objective: torch.Tensor, advantages: torch.Tensor, value: torch.Tensor | None = None
+        self,
+        objective: torch.Tensor,
+        advantages: torch.Tensor,
+        value: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         The loss whose `backward` accumulates the captured microbatch.
@@ -172,17 +193,21 @@ class ProjectedAccumulation:
         Args:
             objective (`(k,)` or scalar):
                 What each sequence minimizes at an advantage of one (`-log_probs`, weighted and normalized), or the
-                sum over the sequences, weighted with [`~ProjectedAccumulation.sequence_weights`].
+                sum over the sequences.
             advantages (`(k,)`):
                 `A_i`: the policy gradient is `sum_i A_i d objective_i`.
             value (scalar, *optional*):
                 Value to report. Defaults to `sum_i A_i objective_i`; required where `objective` is a sum.
+            weights (`(k,)`, *optional*):
+                What the sequences of a sum were multiplied by: `sequence_weights(advantages)`. Defaults to one.
+                Required with Intra-PROMA alone, whose backward pass is that of the sum, if k > 1.
 
         Returns:
-            scalar: `value`, to be scaled as one likes and sent backward.
+            scalar: `value`, to be scaled as one likes and sent backward. Its `backward` raises a `RuntimeError` if a
+            term was added to it that has a gradient for the model's parameters.
 
         Raises:
-            ValueError: If shapes don't match the captured microbatch.
+            ValueError: If shapes don't match the captured microbatch, or a sum is not weighted as the method needs it.
             RuntimeError: If no forward pass was captured, or it has been sent backward already.
         """
         microbatch = self._captured
@@ -196,8 +221,9 @@ class ProjectedAccumulation:
             if objective.dim() == 0:
                 raise ValueError("`value` is required where `objective` is a sum over sequences.")
             value = (objective.detach() * microbatch.advantages).sum()
+        remaining = self._weights_left(microbatch, objective, weights)
         self._hooks.hook_leaves(self._backend)
-        return StartBackward.apply(objective, value.detach(), microbatch)
+        return StartBackward.apply(objective, value.detach(), microbatch, remaining).as_subclass(CapturedLoss)
 
     def sequence_weights(self, advantages: torch.Tensor) -> torch.Tensor:
         """
@@ -224,7 +250,7 @@ class ProjectedAccumulation:
         Names of the modules that have no rule, and so run again in the backward pass for the sequence gradients of
         their parameters.
         """
-        return [] if self._hooks is None else [layer.name for layer in self._hooks.rerun_layers()]
+        return [layer.name for layer in self._hooks.rerun_layers()]
 
     def projected_names(self) -> list[str]:
         """Names of the parameters whose gradients Intra-PROMA projects."""
@@ -238,7 +264,7 @@ class ProjectedAccumulation:
 
     def check_sequences(
         self, objective: Callable[[torch.Tensor, Microbatch | None], torch.Tensor], num_sequences: int
-    ) -> None:
+    ) -> bool:
         """
         Check on a microbatch that the sequence gradients `s_i` are what they should be: for random `r`,
         `sum_i r_i s_i` is the ordinary gradient of `sum_i r_i objective_i`. It takes two forward and backward passes,
@@ -254,13 +280,17 @@ class ProjectedAccumulation:
                 `sum_i weights_i objective_i` for weights of shape `(k,)`. `microbatch` is `None` in an ordinary pass.
             num_sequences (`int`): k.
 
+        Returns:
+            `bool`: Whether there is nothing left to check. `False` where the ordinary gradient is not finite, as when
+            half precision overflows: nothing can be told from it, and another microbatch must be checked.
+
         Raises:
             RuntimeError: If a parameter's sequence gradients are wrong, with its name.
         """
         if self.microbatch_size == 1 or num_sequences == 1 or not needs_sequences(self.rule, self.intra):
-            return
+            return True
         if backend_for(self.model, self.accelerator).reduces_in_backward:
-            return
+            return True
 
         def ordinary(weights: torch.Tensor) -> torch.dtype:
             loss = objective(weights, None)
@@ -288,8 +318,8 @@ class ProjectedAccumulation:
 
     def end_step(self) -> None:
         """
-        An optimizer step is over. Needed only with Intra-PROMA or a rule that has a state, in a loop without an
-        `accelerator` in which gradients are not set to `None` after the step.
+        An optimizer step is over. Needed only in a loop without `accelerator` and `optimizer` that leaves gradients as
+        they are after a step.
         """
         self._step_began = False
         self._step, self._index = self._step + 1, 0
@@ -321,18 +351,23 @@ class ProjectedAccumulation:
         self.rule.load_state_dict(state)
 
     def detach(self) -> None:
-        """Remove all hooks: `backward` is ordinary again, until the next `capture`."""
+        """
+        Remove all hooks from model and optimizer: `backward` is ordinary again, until the next `capture`. An optimizer
+        step that has begun is given up; the rule's state stays.
+        """
         self._hooks.remove()
-        self._hooks = self._captured = self._running = self._backend = self._accumulator = None
+        if self._step_handle is not None:
+            self._step_handle.remove()
+        self._captured = self._running = self._backend = self._accumulator = self._step_handle = None
         self._scratch = Scratch()
+        self._step_began, self._index, self._left = False, 0, {}
 
     @contextmanager
     def _capture(self, rule: UpdateRule) -> Iterator[Microbatch]:
         if self._captured is not None and self._captured.phase is Phase.RECORDING:
             raise RuntimeError("`capture()` within `capture()`: a microbatch is captured by itself.")
-        if self._hooks is None:
-            self._hooks = self._new_hooks()
         self._hooks.refresh()
+        self._follow_optimizer()
         microbatch = Microbatch(self._engine(rule), self._begin_backward, self._end_backward)
         self._captured = microbatch
         try:
@@ -439,9 +474,8 @@ class ProjectedAccumulation:
             )
         if self._running is not None:
             self._running.abandon()
-        cleared = not any(self._backend.accumulated(param) is not None for _, param in self._trainable())
-        if self.accelerator is None and self._step_began and cleared:
-            self.end_step()
+        if self.accelerator is None:
+            self._end_passed_step([*microbatch.engine.names])
         self._running = microbatch
 
     def _end_backward(self, microbatch: Microbatch) -> None:
@@ -450,11 +484,85 @@ class ProjectedAccumulation:
             self._accumulator.end()
             return
         self._step_began = True
+        if self.accelerator is None:
+            self._left = {param: (contents(param), contents(param.grad)) for param in microbatch.engine.names}
         self._index += 1
         for name, value in microbatch.metrics().items():
             self._metrics[name].append(value)
         if self.accelerator is not None and self.accelerator.sync_gradients:
             self.end_step()
+
+    def _end_passed_step(self, params: list[nn.Parameter]) -> None:
+        """
+        A microbatch begins in a loop without an accelerator. If the last one ended a step, its gradients are gone.
+
+        Raises:
+            RuntimeError: If the step seems to be over, and nothing says so.
+        """
+        unknown = (None, None)
+        written = any(contents(param.grad) != self._left.get(param, unknown)[1] for param in params)
+        if written and all_zero([param.grad for param in params if param.grad is not None]):
+            # As `zero_grad(set_to_none=False)` leaves them. There is nothing that a microbatch could be projected off
+            for param in params:
+                param.grad = None
+        if not self._step_began:
+            return
+        held = [param for param in params if self._backend.accumulated(param) is not None]
+        if not held:
+            self.end_step()
+        elif self.optimizer is None and all(contents(p) != self._left.get(p, unknown)[0] for p in held):
+            raise RuntimeError(
+                "The parameters have changed since the last microbatch, as in an optimizer step, and their gradients "
+                "are still there, so that it is unknown whether the step is over. Give `ProjectedAccumulation` the "
+                "`optimizer` (or the `accelerator`), clear gradients after each step (`optimizer.zero_grad()`), or "
+                "call `accumulation.end_step()` after it."
+            )
+
+    def _follow_optimizer(self) -> None:
+        """Let the optimizer's steps end those of the accumulation."""
+        if self.optimizer is None or self._step_handle is not None:
+            return
+        accumulation = weakref.ref(self)
+
+        def stepped(*_: Any) -> None:
+            own = accumulation()
+            if own is not None and own._step_began:
+                own.end_step()
+
+        # Accelerate's is around another, which it leaves out where gradients overflow
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self._step_handle = optimizer.register_step_post_hook(stepped)
+
+    def _weights_left(
+        self, microbatch: Microbatch, objective: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """
+        What the backward pass has to multiply the sequences by; `None` if nothing.
+
+        Raises:
+            ValueError: If a sum has other weights than it needs.
+        """
+        wanted, k = microbatch.weights, microbatch.num_sequences
+        if objective.dim() == 1:
+            if weights is not None:
+                raise ValueError("`weights` is for an `objective` that is a sum, got one number for each sequence.")
+            return wanted
+        if weights is None:
+            if wanted is not None and k > 1:
+                raise ValueError(
+                    "With Intra-PROMA alone, a sum of objectives must be weighted by sequence. Pass `objective` as "
+                    f"one number for each of the {k} sequences; or multiply each by its entry of `weights = "
+                    "accumulation.sequence_weights(advantages)` before summing, and pass `weights` here."
+                )
+            return None if wanted is None else wanted[0]
+        if weights.shape != (k,) or not torch.equal(
+            weights.detach(), torch.ones_like(weights) if wanted is None else wanted
+        ):
+            raise ValueError(
+                "`weights` must be what `accumulation.sequence_weights(advantages)` returned for these advantages, got "
+                f"{weights.tolist()}."
+            )
+        return None
 
     def _average(self, value: torch.Tensor) -> torch.Tensor:
         if is_distributed():

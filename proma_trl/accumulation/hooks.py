@@ -17,7 +17,7 @@ from ..sequence_grads.layer import Layer, Sink
 from ..sequence_grads.probe import runs_as
 from ..sequence_grads.product import ProductLayer
 from ..sequence_grads.rerun import RerunLayer
-from ..torch_internals import are_innermost
+from ..torch_internals import are_innermost, run_first
 from .microbatch import Microbatch, Phase
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class ModelHooks:
         """Make hooks follow the model as it is now: parameters can be frozen, modules replaced, other hooks added."""
         if self._planned != self._signature():
             self._plan()
-        elif not all(are_innermost(layer.module, *layer.handles) for layer in self._layers):
+        elif not self._handles or not all(are_innermost(layer.module, *layer.handles) for layer in self._layers):
             self._hook()
 
     def follows(self, param: nn.Parameter) -> bool:
@@ -94,10 +94,14 @@ class ModelHooks:
         for name, leaf in backend.leaves():
             if leaf not in self._leaves:
                 self._leaves.add(leaf)
-                self._handles.append(leaf.register_hook(partial(self._leaf_gradient, leaf, name)))
+                handle = leaf.register_hook(partial(self._leaf_gradient, leaf, name))
+                # Before those of others, which then act on what is emitted, as they would on an ordinary gradient. What
+                # they leave is accumulated, and so is `acc` to later microbatches
+                run_first(leaf, handle)
+                self._handles.append(handle)
 
     def remove(self) -> None:
-        """Remove all hooks."""
+        """Remove all hooks, until the next `refresh`."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from ..sequence_grads.forms import Dense, SequenceGrads, sum_dtype
 from ..sequence_grads.images import ImageRows, ImageSink
 from ..sequence_grads.layer import ONE_SEQUENCE, autocast_dtype
 from ..torch_internals import StorageCache, backward_id, call_after_backward
+from .captured_loss import foreign_uses, outside_term
 from .emission import GIB, Emission, Engine, lowest_precision
 
 NOT_CAPTURED = (
@@ -78,7 +81,9 @@ class Microbatch:
         self._uses: Counter[nn.Parameter] = Counter()
         self._remaining: dict[nn.Parameter, int] = {}
         self._parts: defaultdict[nn.Parameter, list[SequenceGrads]] = defaultdict(list)
-        self._emitted: dict[nn.Parameter, int] = {}
+        # Kept until it has reached the parameter: autograd would add other gradients to it in place
+        self._emitted: dict[nn.Parameter, torch.Tensor | None] = {}
+        self._start: Callable[[], Any] = lambda: None
         self._real: torch.Tensor | None = None
         self._device = torch.device("cpu")
         self._emission: Emission | None = None
@@ -201,12 +206,13 @@ class Microbatch:
 
     # The backward pass
 
-    def begin_backward(self, loss_scale: torch.Tensor) -> None:
+    def begin_backward(self, loss_scale: torch.Tensor, start: Any) -> None:
         """
         The backward pass begins.
 
         Args:
             loss_scale (scalar): What the loss was multiplied by.
+            start: The node in the loss's graph that the objective is behind.
 
         Raises:
             RuntimeError: If it has begun before, or the forward pass is still being recorded.
@@ -223,6 +229,8 @@ class Microbatch:
         if self._begin is not None:
             self._begin(self)
         self.phase, self.backward_id = Phase.BACKWARD, backward_id()
+        # Its graph holds this microbatch
+        self._start = weakref.ref(start)
         self._remaining = dict(self._uses)
         self.engine.accumulator.begin(self.advantages)
         self._emission = Emission(
@@ -263,7 +271,9 @@ class Microbatch:
                 "sequence a microbatch."
             )
         self._parts[param].append(Dense(grad.reshape(1, *(grad.shape or (1,)))))
-        return self._emit(leaf, param)
+        emission = self._emit(leaf, param)
+        self._emitted[param] = None
+        return emission
 
     def receive_experts(self, param: nn.Parameter, experts: ExpertFactors) -> None:
         """Take what shapes the subspaces of some experts of a mixture, before the gradient of `param` is there."""
@@ -278,15 +288,30 @@ class Microbatch:
         Check that the gradient that reaches a parameter is what this microbatch emitted.
 
         Raises:
-            RuntimeError: If it came from a use that was not recorded, and so escaped the update rule.
+            RuntimeError: If it came from elsewhere, and so escaped the update rule: from a use that was not recorded,
+                from a compiled graph, or from another term of the loss.
         """
         self.engine.backend.check_leaf_gradient(name, grad)
-        if self._emitted.get(self.engine.backend.owner(leaf)) != grad.data_ptr():
+        owner = self.engine.backend.owner(leaf)
+        emitted, self._emitted[owner] = self._emitted.get(owner), None
+        if emitted is not None and emitted.data_ptr() == grad.data_ptr():
+            return
+        start = self._start()
+        uses = None if start is None else foreign_uses(start, leaf)
+        if uses == []:
+            raise outside_term(f"`{name}`")
+        if any("CompiledFunction" in use for use in uses or ()):
             raise RuntimeError(
-                f"`{name}` is used outside the forward pass of the layer that holds it, or on a tensor in which the "
-                f"sequences can't be told apart, where its sequence gradients can't be seen. Train with "
-                f"{ONE_SEQUENCE}, or freeze it."
+                f"`{name}` gets its gradient from a compiled graph, in which its layer's hooks did not run. Graphs "
+                "that `torch.compile` made earlier in this process stay in use: start a new process, or call "
+                "`torch.compiler.reset()`, and train without `torch.compile`."
             )
+        where = f" (`{uses[0]}`)" if uses else ""
+        raise RuntimeError(
+            f"`{name}` is used outside the forward pass of the layer that holds it, or on a tensor in which the "
+            f"sequences can't be told apart, where its sequence gradients can't be seen{where}. Train with "
+            f"{ONE_SEQUENCE}, or freeze it."
+        )
 
     def head_form(self, param: nn.Parameter, num_positions: int, dtype: torch.dtype) -> str:
         """
@@ -333,6 +358,7 @@ class Microbatch:
         """An exception ended its backward pass."""
         self.phase = Phase.DONE
         self._parts.clear()
+        self._emitted.clear()
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """What rule and Intra-PROMA log about the backward pass: scalars by name."""
@@ -341,10 +367,11 @@ class Microbatch:
     def _emit(self, leaf: nn.Parameter, param: nn.Parameter) -> torch.Tensor:
         """What all uses of `param` amount to, typed as `leaf`, which autograd hands it to."""
         emission = self._emission.emit(leaf, param, self._parts.pop(param))
-        self._emitted[param] = emission.data_ptr()
+        self._emitted[param] = emission
         return emission
 
     def _end_backward(self) -> None:
+        self.phase = Phase.DONE
         # Parameters with a use on which the loss does not depend. Autograd has ended, so their gradient is added here
         for param in [param for param, parts in self._parts.items() if parts]:
             if is_distributed():
@@ -353,27 +380,9 @@ class Microbatch:
                     "loss, so that its gradient is complete too late to be reduced over ranks. Leave the unused layer "
                     f"out of the forward pass, freeze it, or train with {ONE_SEQUENCE}."
                 )
-            emission = self._emit(param, param)
-            param.grad = emission if param.grad is None else param.grad.add_(emission)
-        self.phase = Phase.DONE
+            # By autograd, so that hooks of others act on it as on any gradient
+            torch.autograd.backward([param], [self._emit(param, param)])
         if self._end is not None:
             self._end(self)
         self._emitted.clear()
         self._emission = None
-
-
-class StartBackward(torch.autograd.Function):
-    """The loss of a microbatch: its value is the true one, its backward pass starts every sequence with its weight."""
-
-    @staticmethod
-    def forward(ctx, objective: torch.Tensor, value: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-        ctx.microbatch, ctx.shape = microbatch, objective.shape
-        return value.to(objective.dtype).clone()
-
-    @staticmethod
-    def backward(ctx, grad_output: torch.Tensor):
-        ctx.microbatch.begin_backward(grad_output)
-        weights = ctx.microbatch.weights
-        if weights is None or ctx.shape == ():  # a sum of objectives has been weighted
-            return grad_output.expand(ctx.shape), None, None
-        return grad_output * weights.to(grad_output), None, None

@@ -25,7 +25,7 @@ class WrongSequences(RuntimeError):
         self.names = names
 
 
-def check_sequences(model: nn.Module, ordinary: Backward, captured: Backward, num_sequences: int) -> None:
+def check_sequences(model: nn.Module, ordinary: Backward, captured: Backward, num_sequences: int) -> bool:
     """
     Compare the gradients of two losses that should be the same, for random weights of the sequences. A plain sum would
     not notice sequences that are mixed up.
@@ -36,6 +36,9 @@ def check_sequences(model: nn.Module, ordinary: Backward, captured: Backward, nu
         captured (`Callable`): The same with a backward pass that emits weighted sums of sequence gradients. Both
             return the lowest precision of their products.
         num_sequences (`int`): k.
+
+    Returns:
+        `bool`: Whether the ordinary gradient is finite, and so could be compared.
 
     Raises:
         WrongSequences: If gradients differ by more than rounding, with the parameters' names.
@@ -56,7 +59,10 @@ def check_sequences(model: nn.Module, ordinary: Backward, captured: Backward, nu
         return {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in params.items()}, precision
 
     try:
-        (want, _), (got, precision) = gradients(ordinary), gradients(captured)
+        want, _ = gradients(ordinary)
+        if not torch.stack([grad.norm().to(device) for grad in want.values()]).isfinite().all():
+            return False
+        got, precision = gradients(captured)
     finally:
         for name, param in params.items():
             param.grad = held[name]
@@ -69,6 +75,7 @@ def check_sequences(model: nn.Module, ordinary: Backward, captured: Backward, nu
             f"registered rule is wrong. Train with {ONE_SEQUENCE}, or freeze these parameters.",
             wrong,
         )
+    return True
 
 
 def _differing(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], precision: torch.dtype) -> list[str]:

@@ -1,14 +1,18 @@
 """Backends: where gradients are kept, what a whole parameter is, and what is sharded. One file for each."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .deepspeed import deepspeed_backend, has_deepspeed_parameters, is_deepspeed, whole_shape
 from .fsdp import FSDPBackend, is_fsdp
 from .single import Backend
 
-__all__ = ["Backend", "backend_for", "is_deepspeed", "is_distributed", "weights_are_sharded", "whole_shape"]
+__all__ = ["Backend", "all_zero", "backend_for", "is_deepspeed", "is_distributed", "weights_are_sharded", "whole_shape"]
 
 
 def backend_for(model: nn.Module, accelerator: Accelerator | None) -> Backend:
@@ -25,6 +29,12 @@ def backend_for(model: nn.Module, accelerator: Accelerator | None) -> Backend:
     if accelerator is None and has_deepspeed_parameters(model):
         raise RuntimeError("With DeepSpeed, `ProjectedAccumulation` needs the `accelerator` that prepared the model.")
     return Backend(model)
+
+
+def all_zero(gradients: Sequence[torch.Tensor]) -> bool:
+    """Whether this rank's parts of some gradients, at least one, are zero. It waits for the device."""
+    own = [x.to_local() if isinstance(x, DTensor) else x for x in gradients]
+    return bool(own) and not torch.stack([x.any().to(own[0].device) for x in own]).any().item()
 
 
 def is_distributed() -> bool:

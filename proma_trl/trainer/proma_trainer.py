@@ -243,6 +243,21 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
                 self.add_callback(_LogAtStart(logging.INFO, [self._what_intra_projects()]))
             if self.accumulation.rerun_names() and self.accelerator.is_main_process:
                 self.add_callback(_LogAtStart(logging.INFO, [self._what_runs_again()]))
+            # A model that isn't trained can be copied and pickled; the first microbatch puts the hooks back
+            self.accumulation.detach()
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Trains as TRL's trainer does, and leaves the model as it does, without hooks."""
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            if self.accumulation is not None:
+                self.accumulation.detach()
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, Dataset):
@@ -317,8 +332,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             self._check_anchor(inputs)
         with self._token_weights(mode, inputs):
             if training and not self._checked:
-                self._checked = True
-                self._check_first_microbatch(model, inputs)
+                self._checked = self._check_first_microbatch(model, inputs)
             if training and self.accumulation is not None:
                 loss = self._projected_loss(model, inputs)
             else:
@@ -366,7 +380,8 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         with self.accumulation.capture() as microbatch, self._head(microbatch, inputs):
             objective = super()._compute_loss(model, {**inputs, "advantages": weights})
         (shares,) = torch.autograd.grad(objective, weights, retain_graph=True)
-        return self.accumulation.loss(objective, advantages, value=(shares * advantages).sum())
+        value = (shares * advantages).sum()
+        return self.accumulation.loss(objective, advantages, value=value, weights=weights)
 
     @contextmanager
     def _head(self, microbatch: Microbatch | None, inputs: dict[str, Any]) -> Iterator[None]:
@@ -423,19 +438,26 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         )
         return f"{what} The other parameters keep their gradients: {shown}." if rest else what
 
-    def _check_first_microbatch(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
-        """Check that TRL's loss, and the model's layers, are what the methods above take them for."""
+    def _check_first_microbatch(self, model: torch.nn.Module, inputs: dict[str, Any]) -> bool:
+        """
+        Check that TRL's loss, and the model's layers, are what the methods above take them for.
+
+        Returns:
+            `bool`: Whether it could be checked: nothing is known from numbers that are not finite.
+        """
 
         def objective(weights: torch.Tensor, microbatch: Microbatch | None) -> torch.Tensor:
             with self._head(microbatch, inputs):
                 return GRPOTrainer._compute_loss(self, model, {**inputs, "advantages": weights})
 
         with self._unlogged():
-            if self.trust_region is not None:
-                self._check_token_weights(model, inputs)
-            if self.accumulation is not None:
-                self._check_linearity(model, inputs)
-                self.accumulation.check_sequences(objective, len(inputs["advantages"]))
+            if self.trust_region is not None and not self._check_token_weights(model, inputs):
+                return False
+            if self.accumulation is None:
+                return True
+            if not self._check_linearity(model, inputs):
+                return False
+            return self.accumulation.check_sequences(objective, len(inputs["advantages"]))
 
     @contextmanager
     def _unlogged(self) -> Iterator[None]:
@@ -444,9 +466,10 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         with replaced(self, "_metrics", {mode: defaultdict(list) for mode in self._metrics}), uncounted:
             yield
 
-    def _check_token_weights(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+    def _check_token_weights(self, model: torch.nn.Module, inputs: dict[str, Any]) -> bool:
         """
-        Check that the loss multiplies each token's part by its weight, and by no ratio besides.
+        Check that the loss multiplies each token's part by its weight, and by no ratio besides. Returns whether
+        gradients are finite, so that they could be compared.
 
         Raises:
             RuntimeError: If it does not.
@@ -468,20 +491,26 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             found = gradient(inputs, math.inf)
         without = {name: x for name, x in inputs.items() if name != "sampling_per_token_logps"}
         want = weights * gradient(without, None)
-        if (found - want).norm() > 1e-4 * want.norm():
+        if not want.isfinite().all():
+            return False
+        if not (found - want).norm() <= 1e-4 * want.norm():
             raise RuntimeError(
                 f"The loss of the installed TRL (`loss_type={self.loss_type!r}`) does not weigh tokens as its mask of "
                 "off-policy sequences says, through which `divergence` acts, so that gradients would be wrong. "
                 "Install a TRL version within the bounds of proma-trl's requirements, or set `divergence=None`."
             )
+        return True
 
-    def _check_linearity(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+    def _check_linearity(self, model: torch.nn.Module, inputs: dict[str, Any]) -> bool:
         """
         Check that the loss is linear in the advantages: its value, and its gradient by the tokens' log-probabilities.
+        Returns whether they are finite, so that they could be compared.
 
         Raises:
             RuntimeError: If it is not.
         """
+        # As `_projected_loss` takes it, with what a class between TRL's and this one adds
+        compute_loss = super()._compute_loss
         ones = torch.ones_like(inputs["advantages"], requires_grad=True)
         with (
             random_numbers_kept(ones.device),
@@ -489,14 +518,14 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
             self._head(None, inputs),
             recorded(self, SCORING) as scored,
         ):
-            GRPOTrainer._compute_loss(self, model, {**inputs, "advantages": ones.detach()})
+            compute_loss(model, {**inputs, "advantages": ones.detach()})
         log_probs, *others = scored["result"]
 
         def loss_and_gradients(advantages: torch.Tensor) -> tuple[torch.Tensor, ...]:
             """The loss, and its gradients by log-probabilities and advantages, without another forward pass."""
             leaf, advantages = log_probs.detach().requires_grad_(), advantages.detach().requires_grad_()
             with replaced(self, SCORING, lambda *args, **kwargs: (leaf, *others)):
-                loss = GRPOTrainer._compute_loss(self, model, {**inputs, "advantages": advantages})
+                loss = compute_loss(model, {**inputs, "advantages": advantages})
             return loss.detach(), *torch.autograd.grad(loss, (leaf, advantages))
 
         advantages = inputs["advantages"]
@@ -504,17 +533,26 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         advantages = torch.where(advantages == 0, alternating, advantages)
         tolerance = max(1e-4, 8 * torch.finfo(log_probs.dtype).eps)
         _, unit, shares = loss_and_gradients(ones)
+        if not all(x.isfinite().all() for x in (advantages, unit, shares)):
+            return False
         for factor in (1.0, -1.0, 2.0):
             loss, gradient, _ = loss_and_gradients(factor * advantages)
             parts, want = factor * advantages * shares, factor * advantages.unsqueeze(1) * unit
             if (loss - parts.sum()).abs() > tolerance * parts.abs().sum() or (
                 gradient - want
             ).norm() > tolerance * want.norm():
+                if compute_loss.__func__ is not GRPOTrainer._compute_loss:
+                    raise RuntimeError(
+                        f"`{compute_loss.__func__.__qualname__}` adds to TRL's loss what is not linear in the "
+                        "advantages, as PROMA needs it. A term that belongs to no sequence would be taken for policy "
+                        "gradient. Leave it out, or use `GRPOTrainer`."
+                    )
                 raise RuntimeError(
                     f"The loss of the installed TRL (`loss_type={self.loss_type!r}`) is not linear in the advantages, "
                     "as PROMA needs it, so that gradients would be wrong. Install a TRL version within the bounds of "
                     "proma-trl's requirements, or use `GRPOTrainer`."
                 )
+        return True
 
     def _generate_single_turn(
         self,
