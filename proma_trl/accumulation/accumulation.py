@@ -366,6 +366,8 @@ class ProjectedAccumulation:
     def _capture(self, rule: UpdateRule) -> Iterator[Microbatch]:
         if self._captured is not None and self._captured.phase is Phase.RECORDING:
             raise RuntimeError("`capture()` within `capture()`: a microbatch is captured by itself.")
+        if self.accelerator is None and self._step_began:
+            self._end_passed_step([*self._left])
         self._hooks.refresh()
         self._follow_optimizer()
         microbatch = Microbatch(self._engine(rule), self._begin_backward, self._end_backward)

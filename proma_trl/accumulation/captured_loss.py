@@ -55,6 +55,9 @@ class CapturedLoss(torch.Tensor):
             is_loss = isinstance(result, torch.Tensor) and result.requires_grad and not isinstance(result, cls)
             return result.as_subclass(cls) if is_loss else result
 
+    def __format__(self, format_spec: str) -> str:
+        return format(self.detach(), format_spec)  # torch formats the numbers of no subclass
+
 
 def foreign_uses(start: Any, leaf: torch.Tensor) -> list[str] | None:
     """

@@ -115,6 +115,11 @@ def output_tolerance(dtype: torch.dtype, autocast: torch.dtype | None) -> float:
     return 1e-3 if max(torch.finfo(x).eps for x in (dtype, autocast or dtype)) < 1e-6 else 0.1
 
 
+def overflows(output: torch.Tensor) -> bool:
+    """Whether an output holds what is no number, or too large for one: it can't be compared with what it should be."""
+    return not (output < torch.inf).all()  # a mask's negative infinities are as they should be
+
+
 def alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory without being a view to autograd, so that models may go on to write to it in place."""
     return tensor.detach()

@@ -59,6 +59,128 @@ def test_a_loss_that_is_not_linear_in_the_advantages_is_refused(term, k, tmp_pat
         trainer_gradients(trainer, inputs_for("qwen3-tied", k))
 
 
+METHODS = {
+    "proma": {},
+    "isopo": {"projection": "none", "isopo": "natural"},
+    "intra": {"projection": "none", "intra_dim": 2},
+    "both": {"intra_dim": 2},
+}
+
+
+def with_term(trainer_class):
+    """As TRL's documentation shows."""
+
+    class WithTerm(trainer_class):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return 2 * loss + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+    return WithTerm
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_term_that_a_subclass_adds_is_refused(method, k, tmp_path):
+    settings = {"per_device_train_batch_size": k, "generation_batch_size": 4, **METHODS[method]}
+    trainer = make_trainer(tmp_path, trainer_class=with_term(PROMATrainer), **settings)
+    with pytest.raises(RuntimeError, match=r"a term outside the captured objective.*`GRPOTrainer`.*projection") as error:
+        trainer_gradients(trainer, inputs_for("qwen3-tied", k))
+    assert "one sequence" not in str(error.value)
+    assert all(param.grad is None for param in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_reinforce_takes_a_term_as_grpo_does(k, tmp_path):
+    microbatches = inputs_for("qwen3-tied", k)
+    settings = {"per_device_train_batch_size": k, "generation_batch_size": 4}
+    trainer = make_trainer(tmp_path, trainer_class=with_term(PROMATrainer), projection="none", **settings)
+    grpo = make_trainer(tmp_path, None, with_term(GRPOTrainer), GRPOConfig, **settings)
+    found, want = (trainer_gradients(x, microbatches)[0] for x in (trainer, grpo))
+    for name, grad in want.items():
+        assert torch.equal(found[name], grad), name
+
+
+class WithPenalty(GRPOTrainer):
+    """Between TRL's class and ours, its term is within what is captured."""
+
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs) + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
+class PROMAWithPenalty(PROMATrainer, WithPenalty):
+    pass
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_term_that_a_class_beneath_adds_is_refused(k, tmp_path):
+    settings = {"per_device_train_batch_size": k, "generation_batch_size": 4}
+    trainer = make_trainer(tmp_path, trainer_class=PROMAWithPenalty, **settings)
+    with pytest.raises(RuntimeError, match=r"`WithPenalty._compute_loss` adds to TRL's loss .*use `GRPOTrainer`"):
+        trainer_gradients(trainer, inputs_for("qwen3-tied", k))
+
+
+def overflowing(trainer, microbatches):
+    """The gradients of microbatches of which the first is sent through weights that are no numbers."""
+    weight = trainer.model.model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = torch.nan
+    first, _ = trainer_gradients(trainer, microbatches[:1])
+    assert all(grad.isnan().any() for grad in first.values() if grad is not None)
+    with torch.no_grad():
+        weight.copy_(before)
+    return trainer_gradients(trainer, microbatches)[0]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3-tied", "qwen3-moe"])
+@pytest.mark.parametrize("kwargs", [{}, {"intra_dim": 2}, {"projection": "none", "intra_dim": 2}])
+def test_a_first_gradient_that_is_not_finite_is_passed_over(kwargs, architecture, tmp_path):
+    """As GRPO does: a scaler skips such a step. The check of the sequences waits for the next one."""
+    microbatches = inputs_for("qwen3-tied", 4)
+    model = make_model(architecture)
+    if architecture == "qwen3-moe":
+        kwargs = {**kwargs, "router_aux_loss_coef": 0.0}
+    trainer = make_trainer(tmp_path, model, **kwargs)
+    found = overflowing_moe(trainer, microbatches) if "moe" in architecture else overflowing(trainer, microbatches)
+    assert trainer._checked
+    if trainer.accumulation.intra is None:
+        oracle.assert_close(found, oracle.accumulate(*definition(trainer, microbatches)))
+
+
+def overflowing_moe(trainer, microbatches):
+    weight = trainer.model.model.embed_tokens.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[:, 0] = torch.inf
+    trainer_gradients(trainer, microbatches[:1])
+    assert not trainer._checked
+    with torch.no_grad():
+        weight.copy_(before)
+    return trainer_gradients(trainer, microbatches)[0]
+
+
+def test_the_check_that_waited_still_refuses(tmp_path):
+    model = make_model()
+    layer = model.model.layers[1].mlp
+    layer.register_forward_pre_hook(lambda module, args: (args[0].flip(0),))
+    layer.register_forward_hook(lambda module, args, output: output.flip(0))
+    trainer = make_trainer(tmp_path, model)
+    with pytest.raises(RuntimeError, match=r"wrong for `model.layers.1.mlp.gate_proj.weight`"):
+        overflowing(trainer, inputs_for("qwen3-tied", 4))
+
+
+@pytest.mark.parametrize("divergence", ["binary_tv", "topk_kl"])
+def test_checks_of_the_loss_wait_for_numbers(divergence, tmp_path):
+    trainer = make_trainer(tmp_path, projection="none", divergence=divergence)
+    inputs = make_inputs(4, 0)
+    inputs["sampling_per_token_logps"] = torch.full((4, 7), -2.0)
+    missing = {**inputs, "advantages": torch.full((4,), torch.nan)}
+    proma = make_trainer(tmp_path)
+    trainer.current_gradient_accumulation_steps = proma.current_gradient_accumulation_steps = 1
+    for check, model in ((trainer._check_token_weights, trainer.model), (proma._check_linearity, proma.model)):
+        assert check(model, inputs) and not check(model, missing)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"bf16": True}, {"gradient_checkpointing": True}])
 def test_layers_that_mix_sequences_are_refused_at_the_first_microbatch(kwargs, tmp_path):
     """A leading dimension of k that is not the sequences': here they are in another order."""
