@@ -561,7 +561,7 @@ class ProjectedAccumulation:
             weights.detach(), torch.ones_like(weights) if wanted is None else wanted
         ):
             raise ValueError(
-                "`weights` must be what `accumulation.sequence_weights(advantages)` returned for these advantages, got "
+                "`weights` must be what `accumulation.sequence_weights(advantages)` returns for these advantages, got "
                 f"{weights.tolist()}."
             )
         return None

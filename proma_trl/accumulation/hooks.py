@@ -95,8 +95,8 @@ class ModelHooks:
             if leaf not in self._leaves:
                 self._leaves.add(leaf)
                 handle = leaf.register_hook(partial(self._leaf_gradient, leaf, name))
-                # Before those of others, which then act on what is emitted, as they would on an ordinary gradient. What
-                # they leave is accumulated, and so is `acc` to later microbatches
+                # Before the hooks of others, which then act on what is emitted, as on an ordinary gradient. What they
+                # leave is accumulated, and is `acc` to later microbatches where that is read from `param.grad`
                 run_first(leaf, handle)
                 self._handles.append(handle)
 

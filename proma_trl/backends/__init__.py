@@ -12,7 +12,15 @@ from .deepspeed import deepspeed_backend, has_deepspeed_parameters, is_deepspeed
 from .fsdp import FSDPBackend, is_fsdp
 from .single import Backend
 
-__all__ = ["Backend", "all_zero", "backend_for", "is_deepspeed", "is_distributed", "weights_are_sharded", "whole_shape"]
+__all__ = [
+    "Backend",
+    "all_zero",
+    "backend_for",
+    "is_deepspeed",
+    "is_distributed",
+    "weights_are_sharded",
+    "whole_shape",
+]
 
 
 def backend_for(model: nn.Module, accelerator: Accelerator | None) -> Backend:

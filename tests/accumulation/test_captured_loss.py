@@ -194,18 +194,22 @@ class Nested(nn.Module):
         return self.last(self.inner(inputs)).sum((1, 2))
 
 
-def test_a_compiled_graph_of_an_earlier_run_is_named():
+@pytest.mark.slow
+def test_a_compiled_graph_of_an_earlier_run_is_named(monkeypatch):
     """In it, hooks that were registered later don't run. With one sequence, nothing needs them."""
-    torch.compiler.reset()
+    import torch._dynamo
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     torch.manual_seed(0)
     model = Nested()
-    model.inner.compile(backend="aot_eager")
     inputs, advantages = microbatch(3)
-    model(inputs).sum().backward()
-    model.zero_grad()
-    accumulation = ProjectedAccumulation(model, microbatch_size=3)
-    with pytest.raises(RuntimeError, match=r"`inner.\w+.\w+` gets its gradient from a compiled graph.*compiler.reset"):
-        captured(accumulation, inputs, advantages).backward()
+    with torch._dynamo.config.patch(disable=False):
+        model.inner.compile(backend="aot_eager")
+        model(inputs).sum().backward()
+        model.zero_grad()
+        accumulation = ProjectedAccumulation(model, microbatch_size=3)
+        with pytest.raises(RuntimeError, match=r"`inner.\w+.\w+` gets its gradient from a compiled graph.*reset"):
+            captured(accumulation, inputs, advantages).backward()
     torch.compiler.reset()
 
 

@@ -37,11 +37,10 @@ def attributes(model):
 @pytest.mark.parametrize("method", METHODS)
 def test_after_training_the_model_is_as_grpo_leaves_it(method, tmp_path):
     grpo = make_trainer(tmp_path, None, GRPOTrainer, GRPOConfig)
-    grpo.train()
-    trainer = make_trainer(tmp_path, eval_dataset=None, **METHODS[method])
-    made = hooks(trainer.model)
-    assert made == hooks(make_trainer(tmp_path, None, GRPOTrainer, GRPOConfig).model)
+    trainer = make_trainer(tmp_path, **METHODS[method])
+    assert hooks(trainer.model) == hooks(grpo.model)
     pickle.dumps(trainer.model)
+    grpo.train()
     trainer.train()
     assert hooks(trainer.model) == hooks(grpo.model) and attributes(trainer.model) == attributes(grpo.model)
     again = pickle.loads(pickle.dumps(trainer.model))
@@ -60,7 +59,8 @@ def test_a_trainer_that_never_trained_leaves_nothing(tmp_path):
     model, accumulation = trainer.model, weakref.ref(trainer.accumulation)
     del trainer
     gc.collect()
-    assert accumulation() is None and hooks(model) == hooks(make_trainer(tmp_path, None, GRPOTrainer, GRPOConfig).model)
+    grpo = make_trainer(tmp_path, None, GRPOTrainer, GRPOConfig)
+    assert accumulation() is None and hooks(model) == hooks(grpo.model)
 
 
 class Interrupt(TrainerCallback):
