@@ -81,8 +81,8 @@ class Microbatch:
         self._uses: Counter[nn.Parameter] = Counter()
         self._remaining: dict[nn.Parameter, int] = {}
         self._parts: defaultdict[nn.Parameter, list[SequenceGrads]] = defaultdict(list)
-        # Kept until it has reached the parameter: autograd would add other gradients to it in place
-        self._emitted: dict[nn.Parameter, torch.Tensor | None] = {}
+        # Addresses. Autograd adds other gradients to an emission in a new place, as this is a view
+        self._emitted: dict[nn.Parameter, int] = {}
         self._start: Callable[[], Any] = lambda: None
         self._real: torch.Tensor | None = None
         self._device = torch.device("cpu")
@@ -271,9 +271,7 @@ class Microbatch:
                 "sequence a microbatch."
             )
         self._parts[param].append(Dense(grad.reshape(1, *(grad.shape or (1,)))))
-        emission = self._emit(leaf, param)
-        self._emitted[param] = None
-        return emission
+        return self._emit(leaf, param)
 
     def receive_experts(self, param: nn.Parameter, experts: ExpertFactors) -> None:
         """Take what shapes the subspaces of some experts of a mixture, before the gradient of `param` is there."""
@@ -292,9 +290,7 @@ class Microbatch:
                 from a compiled graph, or from another term of the loss.
         """
         self.engine.backend.check_leaf_gradient(name, grad)
-        owner = self.engine.backend.owner(leaf)
-        emitted, self._emitted[owner] = self._emitted.get(owner), None
-        if emitted is not None and emitted.data_ptr() == grad.data_ptr():
+        if self._emitted.get(self.engine.backend.owner(leaf)) == grad.data_ptr():
             return
         start = self._start()
         uses = None if start is None else foreign_uses(start, leaf)
@@ -367,7 +363,7 @@ class Microbatch:
     def _emit(self, leaf: nn.Parameter, param: nn.Parameter) -> torch.Tensor:
         """What all uses of `param` amount to, typed as `leaf`, which autograd hands it to."""
         emission = self._emission.emit(leaf, param, self._parts.pop(param))
-        self._emitted[param] = emission
+        self._emitted[param] = emission.data_ptr()
         return emission
 
     def _end_backward(self) -> None:

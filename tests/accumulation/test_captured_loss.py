@@ -214,7 +214,7 @@ def test_a_compiled_graph_of_an_earlier_run_is_named(monkeypatch):
 
 
 def test_a_gradient_becomes_the_accumulated_one_without_a_copy():
-    """What is emitted is kept until it has arrived, and no longer."""
+    """What is emitted is referred to by nothing else when it arrives."""
     model, batch = Shared(), make_batches("", 4, 1)[0]
     accumulation = ProjectedAccumulation(model, microbatch_size=4)
     with accumulation.capture() as microbatch:
