@@ -33,6 +33,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from proma_trl.trainer.step_layout import divide
+
 # Completions and prompts: like GSM8K's; like the paper's run; like reasoning
 CASES = (
     ("lognormal:180:0.6:1024", "lognormal:60:0.3:200"),
@@ -138,11 +140,6 @@ def real_tokens(sequences: Sequence[Tokens]) -> int:
     return sum(sum(x) for x in sequences)
 
 
-def by_completion(sequences: Sequence[Tokens]) -> list[int]:
-    """Indices of sequences, shortest completions first."""
-    return sorted(range(len(sequences)), key=lambda i: (sequences[i].completion, sequences[i].prompt, i))
-
-
 def chunks(indices: Sequence[int], count: int) -> list[list[int]]:
     """
     `count` parts of one size, in order.
@@ -156,56 +153,6 @@ def chunks(indices: Sequence[int], count: int) -> list[list[int]]:
     return [list(indices[i : i + size]) for i in range(0, len(indices), size)]
 
 
-def ordered_partition(sequences: Sequence[Tokens], count: int) -> list[list[int]]:
-    """`count` microbatches of as many sequences each, sorted by the lengths of completions. Returns indices."""
-    return chunks(by_completion(sequences), count)
-
-
-def balanced_partition(sequences: Sequence[Tokens], count: int) -> list[list[int]]:
-    """
-    Exactly `count` microbatches, none empty, of consecutive sequences in the order of `by_completion`, of which the
-    one with most positions has as few as possible. Returns indices.
-
-    Raises:
-        ValueError: If there are fewer sequences than microbatches.
-    """
-    if len(sequences) < count:
-        raise ValueError(f"{len(sequences)} sequences do not fill {count} microbatches.")
-    order = by_completion(sequences)
-
-    def filled(limit: int) -> list[list[int]]:
-        """Microbatches of as many sequences as the limit allows, the longest first."""
-        parts: list[list[int]] = []
-        longest, prompt = 0, 0
-        for i in reversed(order):
-            prompt = max(prompt, sequences[i].prompt)
-            if parts and (len(parts[-1]) + 1) * (prompt + longest) <= limit:
-                parts[-1].append(i)
-            else:
-                parts.append([i])
-                longest, prompt = sequences[i].completion, sequences[i].prompt
-        return parts
-
-    low = max(num_positions([x]) for x in sequences)
-    high = num_positions(sequences)
-    while low < high:
-        middle = (low + high) // 2
-        if len(filled(middle)) <= count:
-            high = middle
-        else:
-            low = middle + 1
-    parts = filled(low)
-    while len(parts) < count:
-        # A half has no more positions than the whole
-        largest = max(
-            (part for part in parts if len(part) > 1), key=lambda part: num_positions([sequences[i] for i in part])
-        )
-        middle = len(largest) // 2
-        parts += [largest[:middle], largest[middle:]]
-        parts.remove(largest)
-    return parts
-
-
 def trimmed(step: Sequence[Tokens], count: int) -> Microbatches:
     """Microbatches of an optimizer step as TRL makes them."""
     return [[step[i] for i in part] for part in chunks(range(len(step)), count)]
@@ -213,12 +160,12 @@ def trimmed(step: Sequence[Tokens], count: int) -> Microbatches:
 
 def ordered(step: Sequence[Tokens], count: int) -> Microbatches:
     """The same, of sequences of like length."""
-    return [[step[i] for i in part] for part in ordered_partition(step, count)]
+    return [[step[i] for i in part] for part in divide(step, count, equal=True)]
 
 
 def balanced(step: Sequence[Tokens], count: int) -> Microbatches:
     """The same, of about as many positions."""
-    return [[step[i] for i in part] for part in balanced_partition(step, count)]
+    return [[step[i] for i in part] for part in divide(step, count)]
 
 
 def aligned(step: Sequence[Tokens], count: int) -> Microbatches:

@@ -373,6 +373,10 @@ class PROMAConfig(GRPOConfig):
         )
         for name in ("intra_dim", "intra_power_iterations"):
             checked(name, check_whole, low=0)
+        if not isinstance(self.order_by_length, bool):
+            problems.append(f"`order_by_length` must be True or False, got {self.order_by_length!r}.")
+        if self.max_tokens_per_microbatch is not None:
+            checked("max_tokens_per_microbatch", check_whole)
         for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
             checked(name, check_whole)
         try:

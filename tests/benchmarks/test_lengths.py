@@ -1,7 +1,6 @@
 """Layouts of microbatches hold every sequence once, and their positions are those of brute force."""
 
 import argparse
-import itertools
 import math
 import random
 import sys
@@ -53,45 +52,6 @@ def test_positions():
     assert lengths.num_positions(step) == 2 * (5 + 10)
     assert lengths.aligned_positions(step) == 2 * 13
     assert lengths.real_tokens(step) == 20
-
-
-@pytest.mark.parametrize("partition", [lengths.ordered_partition, lengths.balanced_partition])
-@pytest.mark.parametrize("text", ["lognormal:30:0.8:200", "constant:9", "lognormal:30:2:400"])
-def test_each_sequence_is_in_one_microbatch(partition, text):
-    step = sample(32, text=text)
-    parts = partition(step, 8)
-    assert len(parts) == 8 and all(parts)
-    assert sorted(itertools.chain(*parts)) == list(range(32))
-    # No microbatch reaches into another's lengths
-    spans = sorted((min(x), max(x)) for x in ([step[i].completion for i in part] for part in parts))
-    assert all(above[0] >= below[1] for below, above in itertools.pairwise(spans))
-    if partition is lengths.ordered_partition:
-        assert {len(part) for part in parts} == {4}
-
-
-def least_largest(step, count):
-    """The positions of the largest microbatch, in the best of all partitions of the sorted sequences."""
-    order = [step[i] for i in lengths.by_completion(step)]
-    best = math.inf
-    for cuts in itertools.combinations(range(1, len(order)), count - 1):
-        bounds = [0, *cuts, len(order)]
-        best = min(best, max(lengths.num_positions(order[a:b]) for a, b in itertools.pairwise(bounds)))
-    return best
-
-
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("count", [1, 2, 4, 11])
-def test_balanced_microbatches_are_the_best(seed, count):
-    step = sample(11, seed)
-    parts = lengths.balanced(step, count)
-    assert max(map(lengths.num_positions, parts)) == least_largest(step, count)
-
-
-def test_too_few_sequences():
-    with pytest.raises(ValueError, match="3 sequences do not fill 4 microbatches"):
-        lengths.balanced_partition(sample(3), 4)
-    with pytest.raises(ValueError, match="6 sequences can't be divided into 4"):
-        lengths.ordered_partition(sample(6), 4)
 
 
 def test_layouts_of_a_rollout():
