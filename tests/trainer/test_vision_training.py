@@ -8,12 +8,14 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from support import oracle
-from support.harness import StepRecorder, make_args, vowel_reward
+from support.harness import StepRecorder, make_args, trainer_gradients, vowel_reward
 from support.tiny import make_tokenizer
 from support.vision import settings_of, tiny_vlm
+from torch.nn.functional import pad
 from transformers import CLIPImageProcessorPil, LlavaProcessor, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
 from proma_trl import PROMATrainer
+from proma_trl.trainer.padding import Columns, PaddingTrimmer
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
@@ -115,8 +117,36 @@ def test_what_reaches_the_optimizer_in_training(family, checkpointing, tmp_path)
     model = copy.deepcopy(trainer.pristine)
     for weights, gradients, microbatches in recorder.steps:
         model.load_state_dict(weights)
-        k, count = len(microbatches[0]["advantages"]), len(microbatches)
+        count = len(microbatches)
         objectives = [
-            ([objective(trainer, inputs, i, count) for i in range(k)], inputs["advantages"]) for inputs in microbatches
+            ([objective(trainer, inputs, i, count) for i in range(len(inputs["advantages"]))], inputs["advantages"])
+            for inputs in microbatches
         ]
         oracle.assert_close(gradients, oracle.accumulate(model, objectives))
+
+
+@pytest.mark.parametrize("family", TOKENS)
+def test_columns_of_padding_are_left_out(family, tmp_path, monkeypatch):
+    """Image tokens, and the numbers that say which tokens those are, stay where their columns go."""
+    trainer, recorder = make_trainer(family, tmp_path)
+    trainer.train()
+    sides = {"prompt_ids": (3, 0), "prompt_mask": (3, 0), "completion_ids": (0, 5), "completion_mask": (0, 5)}
+    sides |= {"token_type_ids": (3, 5), "mm_token_type_ids": (3, 5)}
+    microbatches = [
+        {name: pad(value, sides[name]) if name in sides else value for name, value in inputs.items()}
+        for inputs in recorder.steps[0][2]
+    ]
+    shapes = []
+    embeddings = trainer.model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[1]))
+    found, losses = trainer_gradients(trainer, microbatches)
+    found, longest = {name: g.clone() for name, g in found.items() if g is not None}, max(shapes)
+    monkeypatch.setattr(
+        PaddingTrimmer, "columns", lambda self, mask, scored, has_images=False: Columns(0, mask.shape[1], scored)
+    )
+    want, others = trainer_gradients(trainer, microbatches)
+    assert longest <= max(shapes) - 5
+    assert losses == pytest.approx(others, abs=1e-5)
+    assert found.keys() == {name for name, gradient in want.items() if gradient is not None}
+    for name, gradient in found.items():
+        assert (gradient - want[name]).norm() <= 2e-5 * want[name].norm() + 1e-6, name
