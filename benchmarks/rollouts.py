@@ -75,9 +75,9 @@ def layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
 
 
 def padded(trainer_class: type[GRPOTrainer]) -> type[GRPOTrainer]:
-    """The trainer as TRL runs it: on all columns, those without a token included."""
-    scoring = {"_get_per_token_logps_and_entropies": GRPOTrainer._get_per_token_logps_and_entropies}
-    return type(trainer_class.__name__, (trainer_class,), scoring)
+    """The trainer as TRL runs it: on all columns, those without a token included, and with TRL's microbatches."""
+    names = ("_get_per_token_logps_and_entropies", "_prepare_inputs")
+    return type(trainer_class.__name__, (trainer_class,), {name: getattr(GRPOTrainer, name) for name in names})
 
 
 class Turn(NamedTuple):

@@ -223,7 +223,9 @@ class ProjectedAccumulation:
             value = (objective.detach() * microbatch.advantages).sum()
         remaining = self._weights_left(microbatch, objective, weights)
         self._hooks.hook_leaves(self._backend)
-        return StartBackward.apply(objective, value.detach(), microbatch, remaining).as_subclass(CapturedLoss)
+        loss = StartBackward.apply(objective, value.detach(), microbatch, remaining)
+        # Another class of tensors, such as those without data, keeps its own
+        return loss.as_subclass(CapturedLoss) if type(loss) is torch.Tensor else loss
 
     def sequence_weights(self, advantages: torch.Tensor) -> torch.Tensor:
         """

@@ -1,12 +1,12 @@
 """`PROMATrainer`: TRL's `GRPOTrainer` with REINFORCE as its loss and the projected accumulation beneath it."""
 
+import functools
 import logging
 import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -296,6 +296,8 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         return self._microbatches.take() if self.model.training else inputs
 
+    # With the signature of the installed TRL
+    @functools.wraps(getattr(GRPOTrainer, SCORING))
     def _get_per_token_logps_and_entropies(
         self,
         model: torch.nn.Module,
@@ -305,7 +307,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, ...]:
-        """TRL's log-probabilities, without running the model on columns of padding."""
+        # Without running the model on columns of padding
         score = super()._get_per_token_logps_and_entropies
         if logits_to_keep == 0:
             return score(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
@@ -317,7 +319,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
     def _probe_padding(self, model: torch.nn.Module) -> None:
         def log_probs(ids: torch.Tensor, mask: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-            run = partial(model, **kwargs) if kwargs else model
+            run = functools.partial(model, **kwargs) if kwargs else model
             return super(PROMATrainer, self)._get_per_token_logps_and_entropies(run, ids, mask, ids.shape[1] - 1)[0]
 
         self._padding.probe(self, model, log_probs)

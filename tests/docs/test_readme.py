@@ -59,7 +59,7 @@ def test_weights_of_a_trust_region():
 
 
 def test_settings_and_their_defaults():
-    pattern = r"^\| `((?:projection|isopo|intra|divergence|ratio|adapter)\w*)` \| `(.*?)` \|"
+    pattern = r"^\| `((?:projection|isopo|intra|divergence|ratio|adapter|order|max_tokens)\w*)` \| `(.*?)` \|"
     table = page("docs/settings.md").partition("## Which to choose")[0]
     documented = dict(re.findall(pattern, table, re.MULTILINE))
     for name, default in documented.items():

@@ -29,7 +29,9 @@ def make_batch(k, seed, left_padding=True):
 
 def objectives(model, ids, mask, weights):
     """`-sum_t w_t log p(y_t)` for each sequence, `(k,)`."""
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, -LENGTH:-1]  # behind virtual tokens, if there are any
+    logits = model(input_ids=ids, attention_mask=mask).logits[
+        :, -ids.shape[1] : -1
+    ]  # behind virtual tokens, if there are any
     log_probs = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
     return -(log_probs * weights).sum(-1) / LENGTH
 

@@ -278,6 +278,7 @@ def test_later_steps_on_a_generation_are_the_definitions(kind, projection, tmp_p
 def test_the_policy_does_not_run_again_for_log_probabilities(kind, passes, tmp_path):
     """Forward passes over completions: one a microbatch in training, none for an old policy."""
     trainer = make_trainer(tmp_path, divergence=kind, projection="none", steps_per_generation=6, max_steps=2)
+    trainer._probe_padding(trainer.model)
     counted = []
     original = trainer.model.forward
 

@@ -185,6 +185,7 @@ def test_all_settings_of_a_method_are_known_to_the_summary(tmp_path):
     own = {name for name in PROMAConfig.__annotations__ if not name.startswith("_")}
     # How it is computed
     computing = {"projection_memory_budget", "projection_accumulator_dtype", "adapter_dtype"}
+    computing |= {"order_by_length", "max_tokens_per_microbatch"}
     assert own - computing - {"gradient_accumulation_steps"} == changed.keys()
     on = {"isopo": "natural", "intra_dim": 10, "divergence": "topk_kl"}
     args = make_args(tmp_path, **on)
