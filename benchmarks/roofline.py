@@ -88,7 +88,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trl import GRPOTrainer
 
-from proma_trl import devices
+from proma_trl import PROMATrainer, devices
 from proma_trl.torch_internals import backward_runs
 
 aten = torch.ops.aten
@@ -549,6 +549,8 @@ def make_checked_trainer(arguments: argparse.Namespace, length: int, algorithm: 
     """A prepared trainer of an algorithm, whose checks of the first microbatch are over."""
     trainer = make_algorithm_trainer(arguments, length, algorithm)
     trainer._checked = True
+    if isinstance(trainer, PROMATrainer):
+        trainer._probe_padding(trainer.model)
     return trainer
 
 

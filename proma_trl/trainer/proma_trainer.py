@@ -253,6 +253,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """Trains as TRL's trainer does, and leaves the model as it does, without hooks."""
+        self._microbatches.forget()
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
@@ -658,7 +659,6 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._microbatches.forget()
         if checkpoint is not None:
             self._load_rollout(Path(checkpoint))
             self._load_rule(Path(checkpoint))
