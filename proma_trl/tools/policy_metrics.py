@@ -232,13 +232,13 @@ class PolicyMetrics(PolicyMeasurement):
             input_ids, attention_mask = input_ids[:, kept], attention_mask[:, kept]
             counted = counted[:, : columns.num_scored]
             vision |= {name: vision[name][:, kept] for name in TOKEN_INPUTS if name in vision}
-            options = vision | self._padding.positions(columns, input_ids.device, bool(vision))
             step = len(input_ids) if vision else self._sequences_at_a_time(input_ids.size(1))
             for start in range(0, len(input_ids), step):
                 few = slice(start, start + step)
+                positions = self._padding.positions(columns, input_ids[few], bool(vision))
                 with trainer.accelerator.autocast():
                     logits = trainer.model(
-                        input_ids=input_ids[few], attention_mask=attention_mask[few], **options
+                        input_ids=input_ids[few], attention_mask=attention_mask[few], **vision, **positions
                     ).logits
                 logits = logits[:, -counted.size(1) - 1 : -1].float()
                 yield counted[few], (logits / trainer.temperature).log_softmax(-1)

@@ -81,7 +81,9 @@ class PaddingTrimmer:
     def __init__(self, model: nn.Module, multiple: int | None = None, spare: int = 0):
         base = base_model(model)
         self._multiple, self._spare = multiple or 1, spare
-        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        # PEFT leaves positions out where it puts virtual tokens before a model's own
+        virtual = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+        self._takes_positions = not virtual and "position_ids" in inspect.signature(base.forward).parameters
         # With images, these models make positions of more than one dimension
         self._positions_from_images = any(hasattr(module, "get_rope_index") for module in base.modules())
         self._is_probed = self._is_invariant = self._needs_positions = False
@@ -154,11 +156,14 @@ class PaddingTrimmer:
             return found
         return Columns(0, found.stop, found.num_scored)
 
-    def positions(self, columns: Columns, device: torch.device, has_images: bool = False) -> dict[str, torch.Tensor]:
+    def positions(
+        self, columns: Columns, input_ids: torch.Tensor, has_images: bool = False
+    ) -> dict[str, torch.Tensor]:
         """The model's further arguments where columns on the left are missing."""
         if columns.start == 0 or not self._needs_positions or self._makes_positions(has_images):
             return {}
-        return {"position_ids": torch.arange(columns.start, columns.stop, device=device).unsqueeze(0)}
+        positions = torch.arange(columns.start, columns.stop, device=input_ids.device)
+        return {"position_ids": positions.expand(len(input_ids), -1)}
 
     def score(
         self,
@@ -186,7 +191,7 @@ class PaddingTrimmer:
         for name in TOKEN_INPUTS:
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][:, kept]
-        positions = self.positions(columns, input_ids.device, has_images)
+        positions = self.positions(columns, input_ids, has_images)
         found = score(
             partial(model, **positions) if positions else model,
             input_ids[:, kept],

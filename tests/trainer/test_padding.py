@@ -3,7 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset
+from peft import PromptTuningConfig
 from support import dppo
+from support.architectures import VOCABULARY, NotBuildable, class_names, tiny_causal_lm
 from support.harness import LORA, make_inputs, make_model, make_trainer, trainer_gradients
 from torch.nn.functional import pad
 
@@ -129,6 +131,15 @@ def test_what_a_model_makes_of_padding_on_the_left(architecture, needs_positions
     assert needs_positions is None or trainer._padding._needs_positions == needs_positions
 
 
+def test_virtual_tokens_are_told_no_positions(tmp_path, recwarn):
+    """The distance between them and the tokens would change without the columns between."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=1, generation_batch_size=8, peft_config=config)
+    trainer_gradients(trainer, [widened(make_inputs(1, seed)) for seed in range(3)])
+    assert not trainer._padding._is_invariant and not trainer._padding._needs_positions
+    assert not [warning for warning in recwarn if "Position ids" in str(warning.message)]
+
+
 def test_a_model_that_does_not_ignore_padding_keeps_that_on_the_left(tmp_path):
     trainer = make_trainer(tmp_path)
     trimmer = PaddingTrimmer(trainer.model)
@@ -182,3 +193,48 @@ def test_dppo_reads_its_divergences_on_the_trimmed_columns(tmp_path):
     record = trainer.state.log_history[0]
     # On-policy, but for rounding
     assert record["dppo/divergence/max"] < 1e-4 and record["dppo/missing_fraction"] == 0
+
+
+@pytest.mark.slow
+def test_every_class_gives_the_same_log_probabilities():
+    """Transformers' causal language models on sequences of several lengths, with and without columns of padding."""
+    tried = []
+    for name in class_names():
+        if name == "CpmAntForCausalLM":  # does not read the attention mask
+            continue
+        try:
+            model = tiny_causal_lm(name).eval()
+        except NotBuildable:
+            continue
+
+        def log_probs(ids, mask, model=model, **kwargs):
+            logits = model(input_ids=ids, attention_mask=mask, **kwargs).logits
+            return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(6, VOCABULARY, (3, 20), generator=generator)
+        mask = torch.ones_like(ids)
+        for i, (left, right) in enumerate([(5, 6), (7, 4), (8, 5)]):
+            mask[i, :left], mask[i, 20 - right :] = 0, 0
+        ids = ids * mask
+        trimmer = PaddingTrimmer(model)
+        try:
+            with torch.no_grad():
+                trimmer.compare(log_probs, [7, 12, 9, 20, 11, 8, 30, 10], torch.float64, torch.device("cpu"))
+                columns = trimmer.columns(mask, 8)
+                kept = slice(columns.start, columns.stop)
+                positions = trimmer.positions(columns, ids)
+                want, found = log_probs(ids, mask), log_probs(ids[:, kept], mask[:, kept], **positions)
+        except (AttributeError, IndexError, RuntimeError, ValueError):  # does not run on padded text alone
+            continue
+        real = (mask[:, 1:] * mask[:, :-1]).bool()
+        if not want[real].isfinite().all():  # with padding, in float64
+            continue
+        found = pad(found, (columns.start, 20 - columns.stop))
+        # Rotations are computed in float32
+        assert (found - want)[real].norm() <= 2e-6 * want[real].norm(), name
+        assert columns.stop == 16, name
+        tried.append((name, columns.start))
+    starts = dict(tried)
+    assert len(starts) > 140 and sum(start == 5 for start in starts.values()) > 120
+    assert starts["GPT2LMHeadModel"] == starts["MambaForCausalLM"] == 5 and starts["RwkvForCausalLM"] == 0
