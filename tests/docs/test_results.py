@@ -5,6 +5,7 @@ comparison stands in the rows that they name.
 
 import json
 import re
+import sys
 
 import pytest
 from support.repository import ROOT
@@ -13,6 +14,10 @@ from proma_trl.recipes.frontier_plan import PRETRAINED, PROTOCOL, read_runs
 from proma_trl.recipes.frontier_report import text_of
 from proma_trl.recipes.frontier_summary import read_regimes, summarize
 from proma_trl.recipes.shown_steps import table
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from ordering import table as ordering_table
 
 FIGURE = re.compile(r"(?<![\w.])[−+-]?\d+\.\d+(?:e[−+-]?\d+)?|(?<![\w.,])\d{4}(?!\w|,\d)|\d+ of \d+")
 # A row of a table, by its name and the section that it is in
@@ -34,6 +39,13 @@ def test_tables_of_the_comparison(folder, plan):
     tables, _, _ = rest.partition("<!-- end of tables -->")
     assert tables.strip() == text_of(plan, summary).strip()
     assert rounded(json.loads((folder / "summary.json").read_text())) == rounded(summary)
+
+
+def test_ordering_by_length():
+    folder = ROOT / "results" / "ordering_cpu"
+    records = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    _, _, rest = (folder / "README.md").read_text().partition("<!-- table -->")
+    assert rest.partition("<!-- end of table -->")[0].strip() == ordering_table(records).strip()
 
 
 def test_what_the_task_teaches():
