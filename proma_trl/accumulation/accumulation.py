@@ -241,6 +241,11 @@ class ProjectedAccumulation:
         return self.rule.name if self.intra is None else f"{self.intra.name} and {self.rule.name}"
 
     @property
+    def begins_step(self) -> bool:
+        """Whether nothing has been accumulated in the current optimizer step."""
+        return self._index == 0
+
+    @property
     def follows_head(self) -> bool:
         """Whether the LM head, if it does not run as a module, must hand over its gradients."""
         if self.rule.is_plain or self.microbatch_size == 1:
@@ -284,15 +289,18 @@ class ProjectedAccumulation:
 
         Returns:
             `bool`: Whether there is nothing left to check. `False` where the ordinary gradient is not finite, as when
-            half precision overflows: nothing can be told from it, and another microbatch must be checked.
+            half precision overflows, and where the microbatch holds one of several sequences: another microbatch must
+            be checked.
 
         Raises:
             RuntimeError: If a parameter's sequence gradients are wrong, with its name.
         """
-        if self.microbatch_size == 1 or num_sequences == 1 or not needs_sequences(self.rule, self.intra):
+        if self.microbatch_size == 1 or not needs_sequences(self.rule, self.intra):
             return True
         if backend_for(self.model, self.accelerator).reduces_in_backward:
             return True
+        if num_sequences == 1:
+            return False
 
         def ordinary(weights: torch.Tensor) -> torch.dtype:
             loss = objective(weights, None)

@@ -142,9 +142,10 @@ class PROMAConfig(GRPOConfig):
         ratio_cap (`float`, *optional*):
             Largest importance ratio with a trust region; a capped token keeps its gradient. `None`: no cap.
         order_by_length (`bool`, *optional*, defaults to `True`):
-            Whether sequences of similar length of an optimizer step share a microbatch, which saves padding. All
-            microbatches of a step then take about equally many token positions: many short sequences or few long
-            ones, `per_device_train_batch_size` on average. They come in a random order, a function of `seed`. TRL's
+            Whether sequences of similar length of an optimizer step share a microbatch, which saves padding. With one
+            process, all microbatches of a step then take about equally many token positions: many short sequences or
+            few long ones, `per_device_train_batch_size` on average; with several, all hold as many sequences. They
+            come in a random order, a function of `seed`. TRL's
             microbatches stay with `per_device_train_batch_size=1`, and where the loss depends on which sequences share
             a microbatch: with `loss_type="bnpo"`, and with `top_entropy_quantile`.
         max_tokens_per_microbatch (`int`, *optional*):
@@ -667,11 +668,19 @@ class PROMAConfig(GRPOConfig):
         return self.order_by_length and self.per_device_train_batch_size > 1 and not self.depends_on_partition
 
     @property
+    def varies_microbatches(self) -> bool:
+        """
+        Whether microbatches hold different numbers of sequences. On several ranks they don't: TRL gathers one number
+        for each sequence of a microbatch.
+        """
+        return self.orders_by_length and self.world_size == 1
+
+    @property
     def largest_microbatch(self) -> int:
         """Largest number of sequences that a microbatch can hold."""
         k, n = self.per_device_train_batch_size, self.gradient_accumulation_steps
         # All microbatches but one with a single sequence
-        return (k - 1) * n + 1 if self.orders_by_length and self.projection_scope == "local" else k
+        return (k - 1) * n + 1 if self.varies_microbatches else k
 
     def changed_settings(self) -> list[str]:
         """Names of the update rule's settings that differ from their defaults."""

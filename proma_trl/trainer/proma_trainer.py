@@ -334,7 +334,8 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         if self.trust_region is not None:
             self._check_anchor(inputs)
         with self._token_weights(mode, inputs):
-            if training and not self._checked:
+            # Before anything is accumulated in a step
+            if training and not self._checked and (self.accumulation is None or self.accumulation.begins_step):
                 self._checked = self._check_first_microbatch(model, inputs)
             if training and self.accumulation is not None:
                 loss = self._projected_loss(model, inputs)
@@ -445,8 +446,11 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         """
         Check that TRL's loss, and the model's layers, are what the methods above take them for.
 
+        The loss speaks with other ranks, so that all of them go through the same checks.
+
         Returns:
-            `bool`: Whether it could be checked: nothing is known from numbers that are not finite.
+            `bool`: Whether it could be checked: nothing is known from numbers that are not finite, or of the sequences
+            of a microbatch that holds one.
         """
 
         def objective(weights: torch.Tensor, microbatch: Microbatch | None) -> torch.Tensor:
@@ -454,13 +458,22 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
                 return GRPOTrainer._compute_loss(self, model, {**inputs, "advantages": weights})
 
         with self._unlogged():
-            if self.trust_region is not None and not self._check_token_weights(model, inputs):
+            if self.trust_region is not None and not self._on_all_ranks(self._check_token_weights(model, inputs)):
                 return False
             if self.accumulation is None:
                 return True
             if not self._check_linearity(model, inputs):
                 return False
-            return self.accumulation.check_sequences(objective, len(inputs["advantages"]))
+            k = len(inputs["advantages"])
+            if self.accumulation.microbatch_size > 1 and not self._on_all_ranks(k > 1):
+                return False
+            return self._on_all_ranks(self.accumulation.check_sequences(objective, k))
+
+    def _on_all_ranks(self, is_so: bool) -> bool:
+        """Whether something is so on all ranks, which all ask together."""
+        if self.accelerator.num_processes == 1:
+            return is_so
+        return bool(self.accelerator.gather(torch.tensor([is_so], device=self.accelerator.device)).all())
 
     @contextmanager
     def _unlogged(self) -> Iterator[None]:
@@ -536,7 +549,7 @@ class PROMATrainer(ModelCardMixin, GRPOTrainer):
         advantages = torch.where(advantages == 0, alternating, advantages)
         tolerance = max(1e-4, 8 * torch.finfo(log_probs.dtype).eps)
         _, unit, shares = loss_and_gradients(ones)
-        if not all(x.isfinite().all() for x in (advantages, unit, shares)):
+        if not self._on_all_ranks(all(bool(x.isfinite().all()) for x in (advantages, unit, shares))):
             return False
         for factor in (1.0, -1.0, 2.0):
             loss, gradient, _ = loss_and_gradients(factor * advantages)

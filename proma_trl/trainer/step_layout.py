@@ -161,6 +161,9 @@ class StepLayout:
             laid_out = [[kept[i] for i in group] for group in divide([lengths[i] for i in kept], n, self._equal)]
             generator = torch.Generator().manual_seed(1_000_003 * self._seed + step)
             laid_out = [laid_out[i] for i in torch.randperm(n, generator=generator).tolist()]
+            # The first microbatch is what sequence gradients are checked on, which one sequence alone does not allow
+            several = next((i for i, group in enumerate(laid_out) if len(group) > 1), 0)
+            laid_out[0], laid_out[several] = laid_out[several], laid_out[0]
         else:
             laid_out = [_kept(group, skippable, lengths, 1) for group in rows]
         counted = _counted(sequences)

@@ -40,7 +40,7 @@ class StepMicrobatches:
         self._trainer = weakref.proxy(trainer)  # the trainer holds this
         self._layout = StepLayout(
             orders=orders,
-            equal=args.projection_scope == "global",
+            equal=not args.varies_microbatches,
             mean_of_sequences=args.loss_type in MEANS_OF_SEQUENCES,
             seed=args.seed,
         )
@@ -79,7 +79,8 @@ class StepMicrobatches:
     def _skippable(self, inputs: dict[str, Any]) -> list[bool]:
         """Which sequences of a microbatch have no gradient, and no part in what others are projected off."""
         accumulation, k = self._trainer.accumulation, len(inputs["completion_mask"])
-        if self._trainer.args.depends_on_partition:
+        # On several ranks, microbatches hold equally many sequences
+        if self._trainer.args.depends_on_partition or self._trainer.args.world_size > 1:
             return [False] * k
         unscored = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).eq(0).all(1)
         if accumulation is None:

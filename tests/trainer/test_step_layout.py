@@ -78,6 +78,20 @@ def test_the_order_is_a_function_of_seed_and_step():
     assert sorted(order(0, 1)) == sorted(order(1, 2))
 
 
+def test_the_first_microbatch_holds_several_sequences():
+    """On one alone, sequence gradients can't be checked."""
+    microbatches = [make_inputs(2, seed, completion=40) for seed in range(4)]
+    for inputs in microbatches:
+        inputs["completion_mask"][:, 2:] = 0
+    for i in range(3):
+        microbatches[i]["completion_mask"][0] = 1
+    sizes = [
+        [len(x.inputs["advantages"]) for x in layout().arrange(microbatches, step, [False] * 8)[0]]
+        for step in range(20)
+    ]
+    assert all(step[0] > 1 for step in sizes) and all(1 in step for step in sizes)
+
+
 def test_skipped_sequences_leave_no_microbatch_empty():
     microbatches = [make_inputs(4, seed) for seed in range(3)]
     found, positions = layout().arrange(microbatches, 0, [True] * 12)
