@@ -194,7 +194,8 @@ def parse(
         raise UsageError("\n".join(problems))
     if algorithm != "grpo":
         set_methods(algorithm, training_args)
-        training_args.order_by_length &= not args.whole_groups
+        if args.whole_groups:
+            training_args.order_by_length = False
     return args, training_args, model_args
 
 

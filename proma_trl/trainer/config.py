@@ -141,13 +141,14 @@ class PROMAConfig(GRPOConfig):
             whatever the sign of the advantage.
         ratio_cap (`float`, *optional*):
             Largest importance ratio with a trust region; a capped token keeps its gradient. `None`: no cap.
-        order_by_length (`bool`, *optional*, defaults to `True`):
+        order_by_length (`bool`, *optional*):
             Whether sequences of similar length of an optimizer step share a microbatch, which saves padding. With one
             process, all microbatches of a step then take about equally many token positions: many short sequences or
             few long ones, `per_device_train_batch_size` on average; with several, all hold as many sequences. They
             come in a random order, a function of `seed`. TRL's
             microbatches stay with `per_device_train_batch_size=1`, and where the loss depends on which sequences share
-            a microbatch: with `loss_type="bnpo"`, and with `top_entropy_quantile`.
+            a microbatch: with `loss_type="bnpo"`, and with `top_entropy_quantile`. `None`: `True` for REINFORCE and
+            DPPO alone, whose gradient is a sum over sequences and does not depend on it; `False` for other methods.
         max_tokens_per_microbatch (`int`, *optional*):
             Largest number of token positions that a microbatch should take, padding included. Since their number is
             `gradient_accumulation_steps`, it can be exceeded: a warning then says so.
@@ -299,11 +300,12 @@ class PROMAConfig(GRPOConfig):
             "help": "Largest importance ratio with a trust region; a capped token keeps its gradient. `None`: no cap."
         },
     )
-    order_by_length: bool = field(
-        default=True,
+    order_by_length: bool | None = field(
+        default=None,
         metadata={
             "help": "Whether sequences of similar length of an optimizer step share a microbatch, which saves "
-            "padding. The number of sequences in a microbatch then varies around `per_device_train_batch_size`."
+            "padding. The number of sequences in a microbatch then varies around `per_device_train_batch_size`. "
+            "`None`: with REINFORCE and DPPO alone, whose gradient does not depend on it."
         },
     )
     max_tokens_per_microbatch: int | None = field(
@@ -374,8 +376,8 @@ class PROMAConfig(GRPOConfig):
         )
         for name in ("intra_dim", "intra_power_iterations"):
             checked(name, check_whole, low=0)
-        if not isinstance(self.order_by_length, bool):
-            problems.append(f"`order_by_length` must be True or False, got {self.order_by_length!r}.")
+        if not isinstance(self.order_by_length, bool | None):
+            problems.append(f"`order_by_length` must be True, False or None, got {self.order_by_length!r}.")
         if self.max_tokens_per_microbatch is not None:
             checked("max_tokens_per_microbatch", check_whole)
         for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
@@ -665,7 +667,10 @@ class PROMAConfig(GRPOConfig):
     @property
     def orders_by_length(self) -> bool:
         """Whether sequences of similar length share a microbatch."""
-        return self.order_by_length and self.per_device_train_batch_size > 1 and not self.depends_on_partition
+        wanted = self.order_by_length
+        if wanted is None:
+            wanted = self.update_rule().is_plain and not self.intra_settings().removes
+        return wanted and self.per_device_train_batch_size > 1 and not self.depends_on_partition
 
     @property
     def varies_microbatches(self) -> bool:

@@ -53,7 +53,7 @@ REFUSED = {
     "projection_accumulator_dtype": ["float16", None, torch.float32],
     "adapter_dtype": ["float16", None, torch.float32],
     "gradient_accumulation_steps": [0, -1, "4", None, 2.5, True],
-    "order_by_length": [1, "true", None],
+    "order_by_length": [1, "true", 0.0],
     "max_tokens_per_microbatch": [0, -1, "4", 2.5, True],
     "per_device_train_batch_size": [0, -1, "4", None, 2.5],
 }

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from support.harness import GradientRecorder, StepRecorder, make_inputs, make_model, make_trainer
+from support.harness import GradientRecorder, StepRecorder, make_args, make_inputs, make_model, make_trainer
 
 from proma_trl import DPPOConfig, DPPOTrainer
 from proma_trl.trainer.step_layout import StepLayout, divide, positions
@@ -121,7 +121,8 @@ def varied_reward(completions, **kwargs):
 def step_gradients(folder, **settings):
     """What the optimizer gets in the first step of a training in float64, and the trainer."""
     recorder = GradientRecorder()
-    settings = {"gradient_accumulation_steps": 4, "num_generations": 2, "reward_funcs": varied_reward, **settings}
+    base = {"gradient_accumulation_steps": 4, "num_generations": 2, "reward_funcs": varied_reward}
+    settings = {**base, "order_by_length": True, **settings}
     model = make_model(settings.pop("architecture", "qwen3-tied"), dtype=torch.float64)
     trainer = make_trainer(folder, model, callbacks=[recorder], **settings)
     trainer.train()
@@ -191,14 +192,14 @@ def test_the_last_accumulation_of_an_epoch_is_shorter(tmp_path):
             for _, _, microbatches in recorder.steps
         ]
 
-    ours = run()
+    ours = run(order_by_length=True)
     assert [len(step) for step in ours] == [12, 8, 12, 8]
     assert ours == run(order_by_length=False)
 
 
 def test_entropy_is_the_mean_over_the_steps_tokens(tmp_path):
     recorder = StepRecorder()
-    trainer = recorder.follow(make_trainer(tmp_path, learning_rate=0.0))
+    trainer = recorder.follow(make_trainer(tmp_path, learning_rate=0.0, order_by_length=True))
     trainer.train()
     total = count = 0
     trainer.model.eval()
@@ -219,3 +220,22 @@ def test_a_limit_that_can_not_be_kept_is_a_warning(tmp_path, caplog):
     caplog.clear()
     make_trainer(tmp_path, max_tokens_per_microbatch=1000).train()
     assert "max_tokens_per_microbatch" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings, orders",
+    [
+        ({}, False),
+        ({"intra_dim": 2, "projection": "none"}, False),
+        ({"isopo": "norm", "projection": "none"}, False),
+        ({"projection": "none"}, True),
+        ({"projection": "none", "divergence": "binary_tv"}, True),
+        ({"projection": "none", "loss_type": "bnpo"}, False),
+        ({"order_by_length": True}, True),
+        ({"order_by_length": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}, False),
+        ({"order_by_length": False, "projection": "none"}, False),
+    ],
+    ids=str,
+)
+def test_ordering_is_the_default_where_the_gradient_does_not_depend_on_it(settings, orders, tmp_path):
+    assert make_args(tmp_path, **settings).orders_by_length is orders
