@@ -184,7 +184,9 @@ def verdicts(pairs: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
 
     def lower_ends(name: str) -> tuple[float, float] | None:
         found = pairs.get(name)
-        return None if found is None or found["seeds"] < seeds else (found["score"][1], found["score_t"][0])
+        if found is None or found["seeds"] < seeds or found["score_t"] is None:  # one seed has no t-interval
+            return None
+        return found["score"][1], found["score_t"][0]
 
     def verdict(names: Sequence[str]) -> str:
         lows = [low for low in map(lower_ends, names) if low is not None]
