@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from proma_trl.trainer.step_layout import divide
+from proma_trl.trainer.step_layout import positions as num_positions
 
 # Completions and prompts: like GSM8K's; like the paper's run; like reasoning
 CASES = (
@@ -123,11 +124,6 @@ def draw_rollout(completions: Lengths, prompts: Lengths, sequences: int, group: 
 
 
 # Layouts of an optimizer step
-
-
-def num_positions(microbatch: Sequence[Tokens]) -> int:
-    """Positions of a trimmed microbatch: prompts end in one column, where completions start."""
-    return len(microbatch) * (max(x.prompt for x in microbatch) + max(x.completion for x in microbatch))
 
 
 def aligned_positions(microbatch: Sequence[Tokens]) -> int:
